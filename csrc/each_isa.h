@@ -1,0 +1,100 @@
+// Compiles the kernels in VARLEN_KERNELS once per instruction set, each into a namespace of its own, so
+// that one portable binary runs AVX-512 or AVX2 code where the CPU has it. `#pragma GCC target` is used
+// and not target_clones because GCC splits vector types into baseline pieces before it makes the clones.
+// A kernel file includes no other header: a standard inline function compiled under the pragma could be
+// the copy that the linker keeps for everybody.
+#if !defined(VARLEN_KERNELS)
+#error "define VARLEN_KERNELS as the kernel header before including each_isa.h"
+#endif
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <type_traits>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VARLEN_X86 1
+#include <immintrin.h>
+#endif
+
+#define VEC_FN static inline __attribute__((always_inline))
+#define VEC_MEMBER inline __attribute__((always_inline))
+
+// The by-value ABI of wide vectors differs between instruction sets; every function that takes one is inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#if defined(VARLEN_X86)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define VARLEN_ISA avx512
+#define VARLEN_VECTOR_BYTES 64
+#include "vec_math.h"
+#include VARLEN_KERNELS
+#undef VARLEN_ISA
+#undef VARLEN_VECTOR_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define VARLEN_ISA avx2
+#define VARLEN_VECTOR_BYTES 32
+#include "vec_math.h"
+#include VARLEN_KERNELS
+#undef VARLEN_ISA
+#undef VARLEN_VECTOR_BYTES
+#pragma GCC pop_options
+#endif
+
+#define VARLEN_ISA baseline
+#define VARLEN_VECTOR_BYTES 16
+#include "vec_math.h"
+#include VARLEN_KERNELS
+#undef VARLEN_ISA
+#undef VARLEN_VECTOR_BYTES
+
+namespace varlen_sft {
+namespace {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// ATEN_CPU_CAPABILITY (torch's own variable: default, avx2 or avx512) caps the choice, so that one
+// machine can test every path. It is read once per process.
+inline Isa detect_isa() {
+#if defined(VARLEN_X86)
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string cap = variable ? variable : "";
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && cap != "avx2" && cap != "default") return Isa::avx512;
+  if (has_avx2 && cap != "default") return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+inline Isa current_isa() {
+  static const Isa isa = detect_isa();
+  return isa;
+}
+
+}  // namespace
+}  // namespace varlen_sft
+
+// The version of `kernel` (a template name with its arguments) for this CPU, as a function pointer.
+#if defined(VARLEN_X86)
+#define VARLEN_BEST(...)                                                             \
+  (current_isa() == Isa::avx512 ? &avx512::__VA_ARGS__                               \
+   : current_isa() == Isa::avx2 ? &avx2::__VA_ARGS__                                 \
+                                : &baseline::__VA_ARGS__)
+#else
+#define VARLEN_BEST(...) (&baseline::__VA_ARGS__)
+#endif

@@ -1,0 +1,125 @@
+// RMSNorm and SiLU-gate rows, forward and backward, included by each_isa.h once per instruction set.
+// Sums take four vectors in fp32, the rest in double. The forwards round where HF's modules round; the backwards round each result once.
+namespace varlen_sft {
+namespace {
+namespace VARLEN_ISA {
+
+// y = round(weight * round(x * rstd)), rstd = 1 / sqrt(mean(x^2) + eps).
+template <typename T>
+void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  constexpr int64_t W = kLanes<T>;
+  const int64_t n = args.channels;
+  const T* weight = static_cast<const T*>(args.weight);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
+    T* out = static_cast<T*>(args.out) + row * args.out_stride;
+    DoubleSum squares;
+    for (int64_t i = 0; i < n; i += 4 * W) {
+      Vec<T> part = {};
+      for (int64_t at = i; at < i + 4 * W; at += W) {
+        const Vec<T> value = load_upto(x + at, n - at);
+        part += value * value;
+      }
+      squares.add(part);
+    }
+    const C rstd = static_cast<C>(1 / std::sqrt(squares.total() / n + args.eps));
+    static_cast<C*>(args.rstd_out)[row] = rstd;
+    for (int64_t i = 0; i < n; i += W) {
+      const Vec<T> normed = round_to<T>(load_upto(x + i, n - i) * rstd);
+      store_upto(out + i, n - i, load_upto(weight + i, n - i) * normed);
+    }
+  }
+}
+
+// One row: dx = rstd * (g - x * rstd^2 * mean(g * x)) with g = dy * weight, and dweight += dy * x * rstd.
+template <typename T>
+VEC_FN void rms_norm_backward_row(const T* dy, const T* x, const T* weight, T* dx,
+                                  Compute<T>* dweight, Compute<T> rstd, int64_t n) {
+  using C = Compute<T>;
+  constexpr int64_t W = kLanes<T>;
+  DoubleSum dot;
+  for (int64_t i = 0; i < n; i += 4 * W) {
+    Vec<T> part = {};
+    for (int64_t at = i; at < i + 4 * W; at += W) {
+      const int64_t left = n - at;
+      const Vec<T> grad = load_upto(dy + at, left), value = load_upto(x + at, left);
+      part += grad * load_upto(weight + at, left) * value;
+      store_upto(dweight + at, left, load_upto(dweight + at, left) + grad * (value * rstd));
+    }
+    dot.add(part);
+  }
+  const C pull = static_cast<C>(dot.total() / n * rstd * rstd);
+  for (int64_t i = 0; i < n; i += W) {
+    const Vec<T> g = load_upto(dy + i, n - i) * load_upto(weight + i, n - i);
+    store_upto(dx + i, n - i, (g - load_upto(x + i, n - i) * pull) * rstd);
+  }
+}
+
+// Blocks of kBlockRows rows; each leaves its sum of dweight in its own row of `partial`, so that the
+// result depends neither on the thread count nor on who ran first.
+template <typename T>
+void rms_norm_backward_blocks(const RmsNormArgs& args, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  for (int64_t block = begin; block < end; ++block) {
+    C* dweight = static_cast<C*>(args.partial) + block * args.channels;
+    std::memset(dweight, 0, args.channels * sizeof(C));
+    const int64_t first = block * kBlockRows;
+    const int64_t last = first + kBlockRows < args.rows ? first + kBlockRows : args.rows;
+    for (int64_t row = first; row < last; ++row)
+      rms_norm_backward_row(static_cast<const T*>(args.dy) + row * args.dy_stride,
+                            static_cast<const T*>(args.x) + row * args.x_stride,
+                            static_cast<const T*>(args.weight),
+                            static_cast<T*>(args.out) + row * args.out_stride, dweight,
+                            static_cast<const C*>(args.rstd)[row], args.channels);
+  }
+}
+
+// sigmoid(v) and sigmoid(-v) = 1 - sigmoid(v), neither by a cancelling subtraction.
+template <typename V>
+VEC_FN void sigmoids(V v, V& of_v, V& of_minus_v) {
+  using C = std::remove_cvref_t<decltype(v[0])>;
+  const V e = exp_nonpositive(max_keep(V{} + kExpFloor<C>, -absolute(v)));
+  const V large = 1 / (1 + e), small = e * large;
+  of_v = v < 0 ? small : large;
+  of_minus_v = v < 0 ? large : small;
+}
+
+// out = round(round(silu(gate)) * up); gate is the first half of a row of gate_up, up the second.
+template <typename T>
+void silu_mul_rows(const SiluMulArgs& args, int64_t begin, int64_t end) {
+  const int64_t n = args.width;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* gate = static_cast<const T*>(args.gate_up) + row * args.gate_up_stride;
+    T* out = static_cast<T*>(args.out) + row * args.out_stride;
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const Vec<T> g = load_upto(gate + i, n - i), up = load_upto(gate + n + i, n - i);
+      Vec<T> sigmoid, complement;
+      sigmoids(g, sigmoid, complement);
+      store_upto(out + i, n - i, round_to<T>(g * sigmoid) * up);
+    }
+  }
+}
+
+// dup = dout * round(silu(gate)); dgate = dout * up * silu'(gate), silu' = s * (1 + gate * (1 - s)).
+template <typename T>
+void silu_mul_backward_rows(const SiluMulArgs& args, int64_t begin, int64_t end) {
+  const int64_t n = args.width;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* gate = static_cast<const T*>(args.gate_up) + row * args.gate_up_stride;
+    const T* dout = static_cast<const T*>(args.dout) + row * args.dout_stride;
+    T* out = static_cast<T*>(args.out) + row * args.out_stride;
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const Vec<T> g = load_upto(gate + i, n - i), up = load_upto(gate + n + i, n - i);
+      const Vec<T> grad = load_upto(dout + i, n - i);
+      Vec<T> sigmoid, complement;
+      sigmoids(g, sigmoid, complement);
+      store_upto(out + i, n - i, grad * up * (sigmoid * (1 + g * complement)));
+      store_upto(out + n + i, n - i, grad * round_to<T>(g * sigmoid));
+    }
+  }
+}
+
+}  // namespace VARLEN_ISA
+}  // namespace
+}  // namespace varlen_sft

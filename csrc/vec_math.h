@@ -1,0 +1,219 @@
+// Vectors of one native width for the instruction set being compiled: loads and stores of every dtype
+// with the arithmetic in fp32 (fp64 for fp64), rounding, exp and tanh. No include guard: each_isa.h
+// includes this file once per instruction set. Contraction is off, so the only fused multiply-adds are
+// those written as fma(); the kernels that promise HF's bits do not use it.
+namespace varlen_sft {
+namespace {
+namespace VARLEN_ISA {
+
+using c10::BFloat16;
+using c10::Half;
+
+typedef float VecF __attribute__((vector_size(VARLEN_VECTOR_BYTES)));
+typedef double VecD __attribute__((vector_size(VARLEN_VECTOR_BYTES)));
+typedef int32_t VecI __attribute__((vector_size(VARLEN_VECTOR_BYTES)));
+typedef int64_t VecL __attribute__((vector_size(VARLEN_VECTOR_BYTES)));
+typedef uint32_t VecU __attribute__((vector_size(VARLEN_VECTOR_BYTES)));
+typedef uint16_t VecHalf __attribute__((vector_size(VARLEN_VECTOR_BYTES / 2)));
+typedef float VecHalfF __attribute__((vector_size(VARLEN_VECTOR_BYTES / 2)));
+
+#if VARLEN_VECTOR_BYTES == 64
+// The maskz forms with every lane on are the plain instructions; the plain intrinsics warn in GCC 12.
+constexpr __mmask16 kAllLanes = 0xffff;
+#endif
+
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <typename T>
+using Vec = std::conditional_t<std::is_same_v<T, double>, VecD, VecF>;
+template <typename T>
+constexpr int64_t kLanes = VARLEN_VECTOR_BYTES / sizeof(Compute<T>);
+
+template <typename V, typename P>
+VEC_FN V load_bits(const P* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+VEC_FN VecF load(const float* p) { return load_bits<VecF>(p); }
+VEC_FN VecD load(const double* p) { return load_bits<VecD>(p); }
+VEC_FN VecF load(const BFloat16* p) {
+  return (VecF)(__builtin_convertvector(load_bits<VecHalf>(p), VecU) << 16);
+}
+VEC_FN VecF load(const Half* p) {
+#if VARLEN_VECTOR_BYTES == 64
+  return (VecF)_mm512_maskz_cvtph_ps(kAllLanes, (__m256i)load_bits<VecHalf>(p));
+#elif VARLEN_VECTOR_BYTES == 32
+  return (VecF)_mm256_cvtph_ps((__m128i)load_bits<VecHalf>(p));
+#else
+  VecF v;
+  for (int64_t i = 0; i < kLanes<Half>; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+// bf16 of v in the upper half of each lane: nearest, ties to even; every NaN becomes the quiet 0x7fc0,
+// as c10::BFloat16 makes it (rounding its bits like a number's could carry a NaN over into infinity).
+VEC_FN VecU bf16_bits(VecF v) {
+  const VecU bits = (VecU)v;
+  const VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (v != v) ? (VecU{} + 0x7fc00000u) : rounded;
+}
+
+VEC_FN void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
+VEC_FN void store(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
+VEC_FN void store(BFloat16* p, VecF v) {
+  const VecHalf bits = __builtin_convertvector(bf16_bits(v) >> 16, VecHalf);
+  std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+}
+VEC_FN void store(Half* p, VecF v) {
+#if VARLEN_VECTOR_BYTES == 64
+  const __m256i bits = _mm512_maskz_cvtps_ph(kAllLanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+#elif VARLEN_VECTOR_BYTES == 32
+  const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
+#else
+  for (int64_t i = 0; i < kLanes<Half>; ++i) p[i] = static_cast<Half>(v[i]);
+#endif
+}
+
+// v rounded to T's precision, still in the compute type.
+template <typename T>
+VEC_FN Vec<T> round_to(Vec<T> v) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return (VecF)(bf16_bits(v) & 0xffff0000u);
+  } else if constexpr (std::is_same_v<T, Half>) {
+    Half rounded[kLanes<T>];
+    store(rounded, v);
+    return load(rounded);
+  } else {
+    return v;
+  }
+}
+
+// At most one vector: all lanes when n >= kLanes, else n values and `fill` in the other lanes.
+template <typename T>
+VEC_FN Vec<T> load_upto(const T* p, int64_t n, float fill = 0.0f) {
+  if (n >= kLanes<T>) [[likely]] return load(p);
+  T padded[kLanes<T>];
+  for (int64_t i = 0; i < kLanes<T>; ++i) padded[i] = i < n ? p[i] : static_cast<T>(fill);
+  return load(padded);
+}
+template <typename T>
+VEC_FN void store_upto(T* p, int64_t n, Vec<T> v) {
+  if (n >= kLanes<T>) [[likely]] return store(p, v);
+  T padded[kLanes<T>];
+  store(padded, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+template <typename T>
+VEC_FN Vec<T> splat(Compute<T> x) {
+  return Vec<T>{} + x;
+}
+
+// a * b + c, in one rounding where the instruction set has it.
+VEC_FN VecF fma(VecF a, VecF b, VecF c) {
+#if VARLEN_VECTOR_BYTES == 64
+  return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif VARLEN_VECTOR_BYTES == 32
+  return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The greater of a and b; a NaN in b stays, a NaN in a is dropped (what x86 max does).
+VEC_FN VecF max_keep(VecF a, VecF b) {
+#if VARLEN_VECTOR_BYTES == 64
+  return (VecF)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
+#elif VARLEN_VECTOR_BYTES == 32
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+VEC_FN VecD max_keep(VecD a, VecD b) { return a > b ? a : b; }
+
+// Below this exp_nonpositive is exactly 0 (in fp32 it would be subnormal), so that e * d stays finite.
+template <typename T>
+constexpr Compute<T> kExpFloor = std::is_same_v<T, double> ? -745.2 : -87.33f;
+
+// exp(d) for d <= 0 that has been clamped to kExpFloor; NaN stays NaN. Range reduction to |r| <= ln2/2
+// and a degree-6 minimax polynomial; within 1 ulp.
+VEC_FN VecF exp_nonpositive(VecF d) {
+  const VecF shift = VecF{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const VecF shifted = fma(d, VecF{} + 1.44269504f, shift);
+  const VecF n = shifted - shift;
+  // ln2 in two parts; the first has 10 bits, so that n * part is exact without fma too.
+  VecF r = fma(n, VecF{} - 0.693359375f, d);
+  r = fma(n, VecF{} + 2.12194440e-4f, r);
+  VecF p = fma(r, VecF{} + 1.3814584e-3f, VecF{} + 8.3687239e-3f);
+  p = fma(r, p, VecF{} + 4.1668389e-2f);
+  p = fma(r, p, VecF{} + 1.6666521e-1f);
+  p = fma(r, p, VecF{} + 4.9999993e-1f);
+  p = fma(r * r, p, r) + 1.0f;
+  const VecF scaled = (VecF)((VecU)p + ((VecU)shifted << 23));
+  return d <= kExpFloor<float> ? VecF{} : scaled;
+}
+VEC_FN VecD exp_nonpositive(VecD d) {
+  for (int64_t i = 0; i < kLanes<double>; ++i)
+    d[i] = d[i] <= kExpFloor<double> ? 0.0 : std::exp(d[i]);
+  return d;
+}
+
+VEC_FN VecF absolute(VecF v) { return (VecF)((VecU)v & 0x7fffffffu); }
+VEC_FN VecD absolute(VecD v) { return v < 0 ? -v : v; }
+VEC_FN VecF copy_sign(VecF magnitude, VecF sign) {
+  return (VecF)((VecU)magnitude | ((VecU)sign & 0x80000000u));
+}
+
+// tanh and its slope 1 - tanh^2. Below 0.625 an odd polynomial; above, 1 - q with q = 1 - tanh itself
+// at hand, so that the slope q * (2 - q) does not cancel where tanh saturates.
+VEC_FN VecF tanh(VecF v, VecF& slope) {
+  const VecF a = absolute(v), z = v * v;
+  VecF p = fma(z, VecF{} - 5.70498872745e-3f, VecF{} + 2.06390887954e-2f);
+  p = fma(z, p, VecF{} - 5.37397155531e-2f);
+  p = fma(z, p, VecF{} + 1.33314422036e-1f);
+  p = fma(z, p, VecF{} - 3.33332819422e-1f);
+  const VecF small = fma(z * v, p, v);
+  const VecF e = exp_nonpositive(max_keep(VecF{} + kExpFloor<float>, -2.0f * a));
+  const VecF q = 2.0f * e / (1.0f + e);
+  slope = a < 0.625f ? 1.0f - small * small : q * (2.0f - q);
+  return a < 0.625f ? small : copy_sign(1.0f - q, v);
+}
+VEC_FN VecD tanh(VecD v, VecD& slope) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) v[i] = std::tanh(v[i]);
+  slope = (1.0 - v) * (1.0 + v);
+  return v;
+}
+
+// A sum kept in double, one vector at a time.
+struct DoubleSum {
+  VecD low = {}, high = {};
+  VEC_MEMBER void add(VecD v) { low += v; }
+  VEC_MEMBER void add(VecF v) {
+    VecHalfF halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    low += __builtin_convertvector(halves[0], VecD);
+    high += __builtin_convertvector(halves[1], VecD);
+  }
+  VEC_MEMBER double total() const {
+    const VecD both = low + high;
+    double sum = 0;
+    for (int64_t i = 0; i < kLanes<double>; ++i) sum += both[i];
+    return sum;
+  }
+};
+template <typename T>
+VEC_FN Compute<T> lane_max(Vec<T> v) {
+  Compute<T> top = v[0];
+  for (int64_t i = 1; i < kLanes<T>; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+}  // namespace VARLEN_ISA
+}  // namespace
+}  // namespace varlen_sft

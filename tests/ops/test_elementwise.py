@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers import FLOATS, assert_within_reference_error
+from varlen_sft import _extension, reference
+from varlen_sft.ops.elementwise import rms_norm, silu_mul
+
+needs_extension = pytest.mark.skipif(not _extension.load(), reason=_extension.status())
+SIZES = [(1, 5), (3, 17), (130, 576)]
+
+
+def run(op, *tensors, **kwargs):
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = op(*leaves, **kwargs)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.double).view_as(out).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+def compare(op, spec, tensors, **kwargs):
+    actual = run(op, *tensors, impl="cpp", **kwargs)
+    low = run(spec, *tensors, **kwargs)
+    high = run(spec, *(x.double() for x in tensors), **kwargs)
+    for a, b, c in zip(actual, low, high, strict=True):
+        assert a.dtype == tensors[0].dtype
+        assert_within_reference_error(a, b, c)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", SIZES)
+def test_rms_norm(size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, generator=generator).to(dtype)
+    weight = torch.randn(size[1], generator=generator).to(dtype)
+    compare(rms_norm, reference.rms_norm, (x, weight), eps=1e-5)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", SIZES)
+def test_silu_mul(size, dtype):
+    gate_up = torch.randn(size[0], 2 * size[1], generator=torch.Generator().manual_seed(0))
+    compare(silu_mul, reference.silu_mul, (gate_up.to(dtype),))
+
+
+@needs_extension
+def test_strided_rows_are_read_where_they_lie():
+    buffer = torch.randn(9, 80, dtype=torch.double)
+    weight = torch.randn(32, dtype=torch.double)
+    view = buffer[:, 7:39]
+    torch.testing.assert_close(
+        rms_norm(view, weight, 1e-5, impl="cpp"), reference.rms_norm(view, weight, 1e-5)
+    )
+    torch.testing.assert_close(silu_mul(view, impl="cpp"), reference.silu_mul(view))
+
+
+def test_rms_norm_is_that_of_transformers_bit_for_bit_in_bf16():
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm = LlamaRMSNorm(64, eps=1e-5).to(torch.bfloat16)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(50, 64).bfloat16()
+    assert torch.equal(reference.rms_norm(x, norm.weight, 1e-5), norm(x))
+
+
+def test_errors_name_the_argument_and_what_came():
+    with pytest.raises(ValueError, match="gate_up must have an even number of columns, got 3"):
+        silu_mul(torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="weight must be float32, got float64"):
+        rms_norm(torch.zeros(2, 3), torch.zeros(3).double(), 1e-5)
+    with pytest.raises(ValueError, match=r"weight must have shape \(C=3\), got \(4,\)"):
+        rms_norm(torch.zeros(2, 3), torch.zeros(4), 1e-5)
+
+
+@needs_extension
+def test_op_registration():
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    torch.library.opcheck(torch.ops.varlen_sft.rms_norm_cpu, (x, weight, 1e-5))
+    torch.library.opcheck(torch.ops.varlen_sft.silu_mul_cpu, (x,))

@@ -1,0 +1,239 @@
+"""Cross-entropy of packed sequences, on supervised rows only, gradients made in the forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varlen_sft.ops.backends import resolve
+from varlen_sft.ops.checks import FLOATS, require_dtype, require_same_device, require_shape
+from varlen_sft.ops.cross_entropy_chunks import Head
+from varlen_sft.ops.cross_entropy_rows import score_rows, supervised_rows
+from varlen_sft.reference import (
+    LossOptions,
+    LossOutput,
+    Sequences,
+    accumulation_dtype,
+    shifted_targets,
+)
+
+__all__ = [
+    "LossOptions",
+    "LossOutput",
+    "linear_cross_entropy",
+    "masked_cross_entropy",
+    "supervised_rows",
+]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (T, C)
+    linear_weight: Tensor,  # (V, C)
+    labels: Tensor,  # (T,) int64
+    *,
+    token_weights: Tensor | None = None,  # (T,) fp32
+    rows: Tensor | None = None,  # (S,) int64
+    linear_bias: Tensor | None = None,  # (V,)
+    options: LossOptions | None = None,
+    impl: str | None = None,
+) -> LossOutput:
+    """Weighted cross-entropy of ``hidden @ linear_weight.T``; logits exist in chunks only.
+
+    Rows that are not supervised (label -100 or weight 0) never meet the vocabulary. Loss, hidden
+    gradient and weight gradient of a chunk are made while its logits are there, so the backward
+    pass only scales them.
+
+    Args:
+        hidden, linear_weight, linear_bias: one dtype: fp64, fp32, bf16 or fp16.
+        labels: the target of each row (already shifted), -100 where there is none.
+        token_weights: finite and >= 0; ones by default.
+        rows: the supervised rows, each once, padded with -1 (``supervised_rows``, ``PackedBatch``).
+            Found from labels and weights when None.
+        options: softcap, logit scale, label smoothing, z-loss, bytes of logits at a time.
+        impl: None, "cpp" or "reference": who turns logits into loss and gradient.
+
+    Returns:
+        LossOutput; its loss_sum is fp32 (fp64 for fp64). Without a supervised row it is exactly 0.
+
+    Raises:
+        TypeError: a dtype other than the above.
+        ValueError: shapes or devices that do not fit; on the CPU also a label outside [0, V), a
+            weight that is negative or not finite, or a row outside [-1, T).
+    """
+    _check_linear(hidden, linear_weight, labels, linear_bias, rows)
+    token_weights = _check_targets(labels, token_weights, hidden, hidden.shape[0])
+    options = options or LossOptions()
+    grad = torch.is_grad_enabled()
+    outputs = torch.ops.varlen_sft.linear_cross_entropy(
+        hidden, linear_weight, linear_bias, labels, token_weights, rows,
+        _floats(options), options.chunk_bytes,
+        grad and hidden.requires_grad,
+        grad and linear_weight.requires_grad,
+        grad and linear_bias is not None and linear_bias.requires_grad,
+        resolve("cross_entropy", impl, hidden.device),
+    )  # fmt: skip
+    return LossOutput(*outputs[:6])
+
+
+def masked_cross_entropy(
+    logits: Tensor,  # (T, V)
+    labels: Tensor,  # (T,) int64
+    *,
+    token_weights: Tensor | None = None,
+    sequences: Sequences | None = None,
+    options: LossOptions | None = None,
+    impl: str | None = None,
+) -> LossOutput:
+    """Weighted cross-entropy of logits that already exist.
+
+    Args:
+        logits: fp64, fp32, bf16 or fp16. They are not changed.
+        labels, token_weights: aligned with the rows that predict them; or, with ``sequences``,
+            unshifted: row i then learns label i+1 if both belong to one sequence, else nothing, so
+            that no sequence learns the first token of the next.
+        options, impl: as in ``linear_cross_entropy``.
+
+    Raises:
+        TypeError, ValueError: as ``linear_cross_entropy``.
+    """
+    require_dtype("logits", logits, FLOATS)
+    require_shape("logits", logits, "T V", None, None)
+    if sequences is not None:
+        require_shape("labels", labels, "T", logits.shape[0])
+        labels, token_weights = shifted_targets(labels, token_weights, sequences)
+    token_weights = _check_targets(labels, token_weights, logits, logits.shape[0])
+    outputs = torch.ops.varlen_sft.masked_cross_entropy(
+        logits, labels, token_weights, _floats(options or LossOptions()),
+        torch.is_grad_enabled() and logits.requires_grad,
+        resolve("cross_entropy", impl, logits.device),
+    )  # fmt: skip
+    return LossOutput(*outputs[:6])
+
+
+def _floats(options: LossOptions) -> list[float]:
+    return [options.softcap, options.logit_scale, options.label_smoothing, options.z_loss]
+
+
+def _check_linear(hidden, linear_weight, labels, linear_bias, rows) -> None:
+    require_dtype("hidden", hidden, FLOATS)
+    require_shape("hidden", hidden, "T C", None, None)
+    require_dtype("linear_weight", linear_weight, (hidden.dtype,))
+    require_shape("linear_weight", linear_weight, "V C", None, hidden.shape[1])
+    if linear_bias is not None:
+        require_dtype("linear_bias", linear_bias, (hidden.dtype,))
+        require_shape("linear_bias", linear_bias, "V", linear_weight.shape[0])
+    if rows is not None:
+        require_dtype("rows", rows, (torch.int64,))
+        require_shape("rows", rows, "S", None)
+    require_same_device(
+        hidden=hidden, linear_weight=linear_weight, linear_bias=linear_bias, rows=rows
+    )
+
+
+def _check_targets(labels, token_weights, scores: Tensor, total: int) -> Tensor:
+    """Weights in the dtype of the sums; labels and weights checked for dtype, shape and device."""
+    require_dtype("labels", labels, (torch.int64,))
+    require_shape("labels", labels, "T", total)
+    compute = accumulation_dtype(scores.dtype)
+    if token_weights is None:
+        token_weights = torch.ones_like(labels, dtype=compute)
+    require_dtype("token_weights", token_weights, FLOATS)
+    require_shape("token_weights", token_weights, "T", total)
+    require_same_device(labels=labels, token_weights=token_weights, scores=scores)
+    return token_weights.detach().to(compute)
+
+
+# ----------------------------------------------------------- torch.library ops
+
+
+@torch.library.custom_op("varlen_sft::masked_cross_entropy", mutates_args=())
+def _masked(
+    logits: Tensor,
+    labels: Tensor,
+    token_weights: Tensor,
+    options: list[float],
+    need_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scratch = logits.clone(memory_format=torch.contiguous_format)
+    scored = score_rows(scratch, labels, token_weights, options, need_grad, impl)
+    return *scored, scratch if need_grad else logits.new_empty(0)  # type: ignore[return-value]
+
+
+@_masked.register_fake
+def _(logits, labels, token_weights, options, need_grad, impl):
+    return *_fake_outputs(logits, labels), logits.new_empty(logits.shape if need_grad else 0)
+
+
+def _fake_outputs(scores: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def new(shape, dtype=None) -> Tensor:
+        return scores.new_empty(shape, dtype=dtype or accumulation_dtype(scores.dtype))
+
+    rows = labels.shape
+    return new(()), new(()), new(rows), new(rows), new(rows, torch.bool), new(rows)
+
+
+def _masked_setup(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[6])
+
+
+def _masked_backward(ctx, dloss: Tensor, *_):
+    (dlogits,) = ctx.saved_tensors
+    return _scaled(dlogits, dloss, dlogits.dtype), *(None,) * 5
+
+
+def _scaled(grad: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * dloss rounded to dtype, in one pass and without a wait for dloss."""
+    return torch.mul(grad, dloss, out=torch.empty_like(grad, dtype=dtype))
+
+
+_masked.register_autograd(_masked_backward, setup_context=_masked_setup)
+
+
+@torch.library.custom_op("varlen_sft::linear_cross_entropy", mutates_args=())
+def _linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    token_weights: Tensor,
+    rows: Tensor | None,
+    options: list[float],
+    chunk_bytes: int,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = Head(hidden, weight, bias, (need_dhidden, need_dweight, need_dbias), options, impl)
+    return head.run(labels, token_weights, rows, chunk_bytes)  # type: ignore[return-value]
+
+
+@_linear.register_fake
+def _(hidden, weight, bias, labels, token_weights, rows, options, chunk_bytes, need_dhidden,
+      need_dweight, need_dbias, impl):  # fmt: skip
+    accumulate = accumulation_dtype(hidden.dtype)
+    return (
+        *_fake_outputs(hidden, labels),
+        hidden.new_empty(hidden.shape if need_dhidden else 0),
+        hidden.new_empty(weight.shape if need_dweight else 0, dtype=accumulate),
+        hidden.new_empty(weight.shape[:1] if need_dbias else 0, dtype=accumulate),
+    )
+
+
+def _linear_setup(ctx, inputs, output) -> None:
+    ctx.dtype, ctx.needs = inputs[0].dtype, inputs[8:11]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[6:])
+
+
+def _linear_backward(ctx, dloss: Tensor, *_):
+    dhidden, dweight, dbias = (
+        _scaled(grad, dloss, ctx.dtype) if need else None
+        for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return dhidden, dweight, dbias, *(None,) * 9
+
+
+_linear.register_autograd(_linear_backward, setup_context=_linear_setup)

@@ -1,0 +1,147 @@
+"""RMSNorm and SwiGLU, whose eager chains cost more than their arithmetic on a CPU.
+
+On other devices the eager formulas run as they are, so that torch.compile can fuse them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varlen_sft import reference
+from varlen_sft.ops.backends import resolve
+from varlen_sft.ops.checks import FLOATS, require_dtype, require_last_axis_contiguous, require_shape
+
+__all__ = ["rms_norm", "silu_mul"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) -> Tensor:
+    """Root-mean-square norm over the last axis, in the rounding order of HF's Llama.
+
+    Args:
+        x: (T, C) fp64, fp32, bf16 or fp16.
+        weight: (C,) of the same dtype.
+        eps: added to the mean square.
+        impl: None, "cpp" or "reference".
+
+    Returns:
+        (T, C).
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes that do not fit.
+    """
+    require_dtype("x", x, FLOATS)
+    require_shape("x", x, "T C", None, None)
+    require_dtype("weight", weight, (x.dtype,))
+    require_shape("weight", weight, "C", x.shape[1])
+    if resolve("elementwise", impl, x.device) == "reference":
+        return reference.rms_norm(x, weight, eps)
+    require_last_axis_contiguous("x", x)
+    return torch.ops.varlen_sft.rms_norm_cpu(x, weight, eps)[0]
+
+
+def silu_mul(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
+    """silu(gate) * up of a fused projection.
+
+    Args:
+        gate_up: (T, 2 I), the gate's columns first.
+        impl: None, "cpp" or "reference".
+
+    Returns:
+        (T, I).
+
+    Raises:
+        TypeError, ValueError: a dtype or shape that does not fit.
+    """
+    require_dtype("gate_up", gate_up, FLOATS)
+    require_shape("gate_up", gate_up, "T 2*I", None, None)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up must have an even number of columns, got {gate_up.shape[1]}")
+    if resolve("elementwise", impl, gate_up.device) == "reference":
+        return reference.silu_mul(gate_up)
+    require_last_axis_contiguous("gate_up", gate_up)
+    return torch.ops.varlen_sft.silu_mul_cpu(gate_up)
+
+
+def _wide(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=reference.accumulation_dtype(x.dtype))
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
+
+
+@torch.library.custom_op("varlen_sft::rms_norm_cpu", mutates_args=(), device_types="cpu")
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, rstd = x.new_empty(x.shape), _wide(x, x.shape[0])
+    torch.ops.varlen_sft_c.rms_norm_forward(out, rstd, x, weight, eps)
+    return out, rstd
+
+
+@_rms_norm.register_fake
+def _(x, weight, eps):
+    return x.new_empty(x.shape), _wide(x, x.shape[0])
+
+
+@torch.library.custom_op("varlen_sft::rms_norm_cpu_backward", mutates_args=(), device_types="cpu")
+def _rms_norm_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx, dweight = x.new_empty(x.shape), _wide(x, x.shape[1])
+    torch.ops.varlen_sft_c.rms_norm_backward(dx, dweight, dout, x, weight, rstd)
+    return dx, dweight.to(weight.dtype, copy=True)
+
+
+@_rms_norm_backward.register_fake
+def _(dout, x, weight, rstd):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _norm_setup(ctx, inputs, output) -> None:
+    x, weight, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _norm_backward(ctx, dout: Tensor, _):
+    x, weight, rstd = ctx.saved_tensors
+    dx, dweight = torch.ops.varlen_sft.rms_norm_cpu_backward(_dense(dout), x, weight, rstd)
+    return dx, dweight, None
+
+
+_rms_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
+
+
+@torch.library.custom_op("varlen_sft::silu_mul_cpu", mutates_args=(), device_types="cpu")
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    torch.ops.varlen_sft_c.silu_mul_forward(out, gate_up)
+    return out
+
+
+@_silu_mul.register_fake
+def _(gate_up):
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@torch.library.custom_op("varlen_sft::silu_mul_cpu_backward", mutates_args=(), device_types="cpu")
+def _silu_mul_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
+    dgate_up = gate_up.new_empty(gate_up.shape)
+    torch.ops.varlen_sft_c.silu_mul_backward(dgate_up, dout, gate_up)
+    return dgate_up
+
+
+@_silu_mul_backward.register_fake
+def _(dout, gate_up):
+    return gate_up.new_empty(gate_up.shape)
+
+
+def _silu_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _silu_backward(ctx, dout: Tensor):
+    return torch.ops.varlen_sft.silu_mul_cpu_backward(_dense(dout), *ctx.saved_tensors)
+
+
+_silu_mul.register_autograd(_silu_backward, setup_context=_silu_setup)

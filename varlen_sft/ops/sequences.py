@@ -1,0 +1,137 @@
+"""Where sequences begin and end: from lengths, which are the truth, or from position ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from varlen_sft import reference
+from varlen_sft.ops.backends import resolve
+from varlen_sft.ops.checks import INTEGERS, require_dtype, require_shape
+from varlen_sft.reference import Sequences
+
+__all__ = [
+    "Sequences",
+    "cu_seqlens_from_position_ids",
+    "sequences_from_lengths",
+    "sequences_from_position_ids",
+]
+
+
+def sequences_from_lengths(lengths: Iterable[int]) -> Sequences:
+    """Sequences of a pack from the lengths of its samples, on the CPU.
+
+    Args:
+        lengths: tokens of each sequence, each at least 1.
+
+    Returns:
+        ``cu_seqlens`` (B + 1,) int32, ``max_seqlen`` (a Python int) and ``num_sequences`` () int32.
+
+    Raises:
+        ValueError: a length below 1, or 2^31 tokens or more.
+    """
+    lengths = [int(length) for length in lengths]
+    for index, length in enumerate(lengths):
+        if length < 1:
+            raise ValueError(f"lengths must be at least 1, got {length} at index {index}")
+    if sum(lengths) >= 2**31:
+        raise ValueError(f"lengths must sum to less than 2^31 tokens, got {sum(lengths)}")
+    return reference.sequences_from_lengths(lengths)
+
+
+def sequences_from_position_ids(
+    position_ids: Tensor,  # (T,) int32 or int64
+    *,
+    capacity: int | None = None,
+    max_seqlen: int | None = None,
+    impl: str | None = None,
+) -> Sequences:
+    """Sequences of a batch that was made elsewhere.
+
+    A new sequence starts where ``position_ids[i] != position_ids[i-1] + 1``. The rule cannot see an
+    edge where a chunk happens to continue its predecessor's count; build from lengths where you
+    can.
+
+    Args:
+        position_ids: position of each token in its sequence.
+        capacity: the most sequences there can be. ``cu_seqlens`` then has capacity + 1 entries,
+            padded with T, and nothing waits for the device. Without it the result has the true
+            size, which costs one wait on a device.
+        max_seqlen: an upper bound that the caller knows. Without it the true length is used, or,
+        with
+            ``capacity`` on a device, T.
+        impl: None or "reference".
+
+    Raises:
+        TypeError: position_ids are not int32 or int64.
+        ValueError: not one axis, more sequences than ``capacity``, or a sequence longer than
+            ``max_seqlen``. On a device the two last are asserted there instead.
+    """
+    require_dtype("position_ids", position_ids, INTEGERS)
+    require_shape("position_ids", position_ids, "T", None)
+    resolve("sequences", impl, position_ids.device)
+    total = position_ids.shape[0]
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    if capacity is None:
+        sequences = reference.sequences_from_position_ids(position_ids)
+        if max_seqlen is None:
+            return sequences
+        _check(sequences.max_seqlen <= max_seqlen, max_seqlen, sequences.max_seqlen)
+        return sequences._replace(max_seqlen=max_seqlen)
+
+    cu_seqlens, count, longest = torch.ops.varlen_sft.sequences(position_ids, capacity)
+    if position_ids.device.type == "cpu":
+        if int(count) > capacity:
+            raise ValueError(f"capacity must hold every sequence, got {capacity} for {int(count)}")
+        _check(max_seqlen is None or int(longest) <= max_seqlen, max_seqlen, int(longest))
+        return Sequences(cu_seqlens, int(longest) if max_seqlen is None else max_seqlen, count)
+    torch._assert_async(count <= capacity, "position_ids hold more sequences than capacity")
+    if max_seqlen is not None:
+        torch._assert_async(longest <= max_seqlen, "a sequence is longer than max_seqlen")
+    return Sequences(cu_seqlens, total if max_seqlen is None else max_seqlen, count)
+
+
+def cu_seqlens_from_position_ids(position_ids: Tensor) -> tuple[Tensor, int]:
+    """What ``flash_attn_varlen_func`` takes: ``cu_seqlens`` (B + 1,) int32 and ``max_seqlen``.
+
+    Waits for the device once. Same rule and errors as ``sequences_from_position_ids``.
+    """
+    sequences = sequences_from_position_ids(position_ids)
+    return sequences.cu_seqlens, sequences.max_seqlen
+
+
+def _check(fits: bool, bound: int | None, longest: int) -> None:
+    if not fits:
+        raise ValueError(
+            f"max_seqlen must be at least the longest sequence, {longest}, got {bound}"
+        )
+
+
+@torch.library.custom_op("varlen_sft::sequences", mutates_args=())
+def _sequences(position_ids: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """cu_seqlens (capacity + 1,), true count (), longest length (): no data-dependent shape."""
+    total = position_ids.shape[0]
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[1:] = position_ids[1:] != position_ids[:-1] + 1
+    index = starts.cumsum(0) - 1
+    # Tokens that start nothing, and starts beyond the capacity, are written to a slot that is cut
+    # off.
+    slot = torch.where(starts, index, capacity + 1).clamp(max=capacity + 1)
+    cu_seqlens = position_ids.new_full((capacity + 2,), total, dtype=torch.int64)
+    cu_seqlens.scatter_(0, slot, torch.arange(total, device=position_ids.device))
+    cu_seqlens = cu_seqlens[: capacity + 1].to(torch.int32)
+    if total == 0:
+        cu_seqlens.zero_()
+    count = starts.sum().to(torch.int32)
+    return cu_seqlens, count, cu_seqlens.diff().max()
+
+
+@_sequences.register_fake
+def _(position_ids: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    def new(*shape: int) -> Tensor:
+        return position_ids.new_empty(shape, dtype=torch.int32)
+
+    return new(capacity + 1), new(), new()
