@@ -1,4 +1,4 @@
-"""One training step on chat-like samples: ours beside Hugging Face padded and packed, on the CPU."""
+"""One training step on chat-like samples: ours beside Hugging Face padded and packed, on a CPU."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from varlen_sft.data.batch import collate
-from varlen_sft.models.config import LlamaConfig
 from varlen_sft.tools import step_bench
 from varlen_sft.tools.step_bench import Load, LossesDisagree
-from varlen_sft.tools.step_candidates import CANDIDATES, computed_when_padded, load_hf
+from varlen_sft.tools.step_candidates import CANDIDATES, SHORTEST, load_hf
+from varlen_sft.tools.step_table import CPU_NOTE, describe, render, stamp
 
 HELP = """\
 One training step (forward and backward, no optimiser) of a Llama on conversations of chat-like
@@ -40,12 +39,12 @@ Real tokens per second count no padding. Everything runs on the CPU, also where 
 EPILOG = """\
 examples:
   python benchmarks/bench_step.py                              both dtypes, SmolLM2-135M
-  python benchmarks/bench_step.py --dtype bf16 --rounds 2 --no-memory        a quick look
+  python benchmarks/bench_step.py --dtype bf16 --rounds 3 --no-memory        a quick look
   python benchmarks/bench_step.py --model FOLDER --tokens 8192 --seed 3      your own Llama
 """
 RESULTS = Path(__file__).parent / "results" / "bench_step.json"
 TOKENS = {"bf16": 4096, "fp32": 2048}
-CPU_NOTE = "CPU times. They say nothing about a GPU, where no number of this table was measured."
+FEWEST_ROUNDS = 3  # of fewer a median cannot reject one disturbed step
 
 
 # ------------------------------------------------------------- the ten lines
@@ -127,75 +126,6 @@ def add_memory(rows: list[dict], load: Load, threads: int, progress: Callable[[s
         row["memory_over_padded"] = row["peak_bytes"] / padded
 
 
-def describe(load: Load) -> dict[str, Any]:
-    """The load in numbers."""
-    samples, config = load.samples(), LlamaConfig.from_folder(load.model)
-    lengths = [len(sample) for sample in samples]
-    scored = sum(int((sample.token_weights > 0).sum()) for sample in samples)
-    return {
-        "dtype": str(load.dtype).removeprefix("torch."),
-        "seed": load.seed,
-        "layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size,
-        "lengths": lengths,
-        "real_tokens": sum(lengths),
-        "supervised_share": scored / sum(lengths),
-        "padding_factor": computed_when_padded(lengths) / sum(lengths),
-        "padding_factor_median_of_seeds": step_bench.padding_factor(load),
-    }
-
-
-# ---------------------------------------------------------------------- show
-
-
-def render(result: dict[str, Any]) -> Table:
-    """The table of one dtype."""
-    title = f"One training step in {result['dtype']}, {result['real_tokens']} real tokens, CPU"
-    table = Table(title=title, caption=caption(result), caption_justify="left")
-    table.add_column("candidate")
-    columns = ("loss", "tokens computed", "step s [min - max]", "x floor", "real tokens/s")
-    columns += ("vs padded", "peak MB", "memory vs padded")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in result["rows"]:
-        spread = f"[{row['seconds_min']:.2f} - {row['seconds_max']:.2f}]"
-        table.add_row(
-            row["candidate"],
-            "" if row["loss"] is None else f"{row['loss']:.6f}",
-            str(row["tokens_computed"]),
-            f"{row['seconds_median']:.2f} \\{spread}",
-            f"{row['times_floor']:.2f}",
-            f"{row['real_tokens_per_second']:.0f}",
-            f"{row['speedup_over_padded']:.2f}x",
-            f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
-            f"{row['memory_over_padded']:.2f}x" if "peak_bytes" in row else "",
-        )
-    return table
-
-
-def caption(result: dict[str, Any]) -> str:
-    return (
-        f"{len(result['lengths'])} samples of {min(result['lengths'])} to {max(result['lengths'])} "
-        f"tokens, {result['supervised_share']:.0%} supervised; {result['layers']} layers, "
-        f"C = {result['hidden_size']}, V = {result['vocab_size']}.\n"
-        f"Padding computes {result['padding_factor']:.2f}x the real tokens here; the median of 500 "
-        f"seeds is {result['padding_factor_median_of_seeds']:.2f}x.\n"
-        f"Losses are within {result['loss_bound']:.1e} of {result['loss_fp32_padded']:.6f}, "
-        "that of hf padded in fp32."
-    )
-
-
-def stamp(environment: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items())
-    extension = "with" if environment["cpp_extension"] else "WITHOUT"
-    return (
-        f"{CPU_NOTE}\n{environment['cpu']}, {environment['cores']} cores, "
-        f"{environment['threads']} threads; {versions}; {extension} the C++ extension; "
-        f"commit {environment['commit'] or 'unknown'}; {environment['date']}"
-    )
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,15 +144,21 @@ def parse() -> argparse.Namespace:
     )
     add("--dtype", choices=(*TOKENS, "both"), default="both", help="default: both")
     add("--tokens", type=int, metavar="N", help="real tokens (default: 4096 in bf16, 2048 in fp32)")
-    add("--rounds", type=int, default=5, metavar="N", help="timed steps of each (default: 5)")
+    add(
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="timed steps of each, 3 or more (default: 5)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="draws lengths and tokens (default: 0)")
     add("--threads", type=int, default=2, metavar="N", help="of torch (default: 2)")
     add("--no-memory", action="store_true", help="skip the memory probes")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help=f"default: {RESULTS.name}")
     args = parser.parse_args()
-    for name in ("tokens", "rounds", "threads"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
+    for name, least in (("tokens", SHORTEST), ("rounds", FEWEST_ROUNDS), ("threads", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name} must be at least {least}, got {value}")
     return args
 
 

@@ -14,7 +14,8 @@
 #include <string>
 #include <type_traits>
 
-// Not STD_TORCH_CHECK: that one puts the source path and line of the build machine into the message.
+// Not STD_TORCH_CHECK: that one puts the source path and line of the build machine into the
+// message.
 #define VARLEN_CHECK(condition, ...)                                        \
   do {                                                                      \
     if (!(condition)) [[unlikely]]                                          \
@@ -108,7 +109,8 @@ void dispatch_floating(ScalarType dtype, F&& f) {
   }
 }
 
-// data<const T> to read, data<T> to write: a copy-on-write tensor gets its own memory only for the latter.
+// data<const T> to read, data<T> to write: a copy-on-write tensor gets its own memory only for the
+// latter.
 template <typename T>
 T* data(const Tensor& tensor) {
   if constexpr (std::is_const_v<T>)

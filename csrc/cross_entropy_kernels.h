@@ -1,14 +1,16 @@
-// Cross-entropy of one row of logits, included by each_isa.h once per instruction set. Two sweeps: the
-// first goes block by block (a block stays in L1) and keeps the running max and the sums relative to it;
-// the second writes the gradient over the logits. Four vectors are added in fp32, the rest in double, so
-// a row's sums keep their last bits at any V and have no trace of its neighbours or of the threads.
+// Cross-entropy of one row of logits, included by each_isa.h once per instruction set. Two sweeps:
+// the first goes block by block (a block stays in L1) and keeps the running max and the sums
+// relative to it; the second writes the gradient over the logits. Four vectors are added in fp32,
+// the rest in double, so a row's sums keep their last bits at any V and have no trace of its
+// neighbours or of the threads.
 namespace varlen_sft {
 namespace {
 namespace VARLEN_ISA {
 
 constexpr int64_t kBlock = 2048;  // elements: 8 kB of fp32
 
-// exp_sum = sum exp(x - max), dot = sum exp(x - max) * (x - max), total = sum x, over what was seen.
+// exp_sum = sum exp(x - max), dot = sum exp(x - max) * (x - max), total = sum x, over what was
+// seen.
 struct RowSums {
   double max, exp_sum, dot, total;
   int64_t max_block;  // where the block begins that first held max
@@ -23,13 +25,13 @@ struct RunningSums {
 template <typename T, bool Plain>
 VEC_FN Vec<T> transform(Vec<T> logit, const CeOptions& options, Vec<T>& slope) {
   slope = splat<T>(1);
-  const Vec<T> x = logit * static_cast<Compute<T>>(options.logit_scale);
-  if constexpr (!Plain) {
+  using C = Compute<T>;
+  const Vec<T> x = logit * static_cast<C>(options.logit_scale);
+  if constexpr (!Plain)
     if (options.softcap > 0) {
-      const Compute<T> cap = static_cast<Compute<T>>(options.softcap);
+      const C cap = static_cast<C>(options.softcap);
       return cap * tanh(x / cap, slope);
     }
-  }
   return x;
 }
 template <typename T, bool Plain>
@@ -47,8 +49,8 @@ VEC_FN Compute<T> transform_one(T logit, const CeOptions& options, Compute<T>& s
   return x[0];
 }
 
-// Writes the block's x to `block`, -inf up to a multiple of four vectors, and returns the block's max.
-// Four running maxima hide the latency of max.
+// Writes the block's x to `block`, -inf up to a multiple of four vectors, and returns the block's
+// max. Four running maxima hide the latency of max.
 template <typename T, bool Plain>
 VEC_FN Compute<T> load_block(const T* logits, int64_t n, const CeOptions& options,
                              Compute<T>* block, DoubleSum& total) {
@@ -114,8 +116,8 @@ VEC_FN RowSums sum_row(const T* logits, const CeOptions& options) {
   return {sums.max, sums.exp_sum.total(), sums.dot.total(), sums.total.total(), sums.max_block};
 }
 
-// The label is the argmax if its x is the max and no earlier x equals it; earlier ones can only be in
-// the block that raised the max last. A row with a NaN is never correct.
+// The label is the argmax if its x is the max and no earlier x equals it; earlier ones can only be
+// in the block that raised the max last. A row with a NaN is never correct.
 template <typename T, bool Plain>
 VEC_FN bool is_first_max(const T* logits, int64_t label, const RowSums& sums,
                          const CeOptions& options) {
@@ -133,7 +135,8 @@ VEC_FN bool is_first_max(const T* logits, int64_t label, const RowSums& sums,
   return true;
 }
 
-// d(weight * loss)/dlogit = (peak * exp(x - max) - shift - [label] * (1 - eps)) * weight * scale * slope.
+// d(weight * loss)/dlogit = (peak * exp(x - max) - shift - [label] * (1 - eps)) * weight * scale *
+// slope.
 template <typename T, bool Plain>
 VEC_FN void write_gradient(T* logits, const RowSums& sums, double lse, double weight,
                            int64_t label, const CeOptions& options) {

@@ -1,8 +1,8 @@
-// Compiles the kernels in VARLEN_KERNELS once per instruction set, each into a namespace of its own, so
-// that one portable binary runs AVX-512 or AVX2 code where the CPU has it. `#pragma GCC target` is used
-// and not target_clones because GCC splits vector types into baseline pieces before it makes the clones.
-// A kernel file includes no other header: a standard inline function compiled under the pragma could be
-// the copy that the linker keeps for everybody.
+// Compiles the kernels in VARLEN_KERNELS once per instruction set, each into a namespace of its
+// own, so that one portable binary runs AVX-512 or AVX2 code where the CPU has it. `#pragma GCC
+// target` is used and not target_clones because GCC splits vector types into baseline pieces before
+// it makes the clones. A kernel file includes no other header: a standard inline function compiled
+// under the pragma could be the copy that the linker keeps for everybody.
 #if !defined(VARLEN_KERNELS)
 #error "define VARLEN_KERNELS as the kernel header before including each_isa.h"
 #endif
@@ -10,7 +10,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <bit>
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -27,7 +27,8 @@
 #define VEC_FN static inline __attribute__((always_inline))
 #define VEC_MEMBER inline __attribute__((always_inline))
 
-// The by-value ABI of wide vectors differs between instruction sets; every function that takes one is inlined.
+// The by-value ABI of wide vectors differs between instruction sets; every function that takes one
+// is inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #if defined(VARLEN_X86)

@@ -1,5 +1,5 @@
-// RMSNorm and the SiLU gate of a Llama block, forward and backward, one pass over memory each: schemas,
-// checks, dispatch. Arithmetic: elementwise_kernels.h.
+// RMSNorm and the SiLU gate of a Llama block, forward and backward, one pass over memory each:
+// schemas, checks, dispatch. Arithmetic: elementwise_kernels.h.
 #include "check.h"
 
 #include <torch/csrc/stable/library.h>
@@ -11,6 +11,7 @@ namespace varlen_sft {
 namespace {
 
 constexpr int64_t kBlockRows = 64;  // rows whose dweight is summed in one partial row
+constexpr int64_t kGroupRows = 8;   // rows of a block taken together, small enough for the cache
 
 // Row strides in elements. rstd and partial are fp32 (fp64 for fp64 data).
 struct RmsNormArgs {

@@ -1,5 +1,6 @@
-// RMSNorm and SiLU-gate rows, forward and backward, included by each_isa.h once per instruction set.
-// Sums take four vectors in fp32, the rest in double. The forwards round where HF's modules round; the backwards round each result once.
+// RMSNorm and SiLU-gate rows, forward and backward, included by each_isa.h once per instruction
+// set. Sums take four vectors in fp32, the rest in double. The forwards round where HF's modules
+// round; the backwards round each result once.
 namespace varlen_sft {
 namespace {
 namespace VARLEN_ISA {
@@ -32,21 +33,22 @@ void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// One row: dx = rstd * (g - x * rstd^2 * mean(g * x)) with g = dy * weight, and dweight += dy * x * rstd.
+// dx = rstd * (g - x * rstd^2 * mean(g * x)) with g = dy * weight.
 template <typename T>
-VEC_FN void rms_norm_backward_row(const T* dy, const T* x, const T* weight, T* dx,
-                                  Compute<T>* dweight, Compute<T> rstd, int64_t n) {
+VEC_FN void norm_dx_row(const RmsNormArgs& args, int64_t row, Compute<T> rstd) {
   using C = Compute<T>;
   constexpr int64_t W = kLanes<T>;
+  const int64_t n = args.channels;
+  const T* dy = static_cast<const T*>(args.dy) + row * args.dy_stride;
+  const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
+  const T* weight = static_cast<const T*>(args.weight);
+  T* dx = static_cast<T*>(args.out) + row * args.out_stride;
   DoubleSum dot;
   for (int64_t i = 0; i < n; i += 4 * W) {
     Vec<T> part = {};
-    for (int64_t at = i; at < i + 4 * W; at += W) {
-      const int64_t left = n - at;
-      const Vec<T> grad = load_upto(dy + at, left), value = load_upto(x + at, left);
-      part += grad * load_upto(weight + at, left) * value;
-      store_upto(dweight + at, left, load_upto(dweight + at, left) + grad * (value * rstd));
-    }
+    for (int64_t at = i; at < i + 4 * W; at += W)
+      part += load_upto(dy + at, n - at) * load_upto(weight + at, n - at) *
+              load_upto(x + at, n - at);
     dot.add(part);
   }
   const C pull = static_cast<C>(dot.total() / n * rstd * rstd);
@@ -56,22 +58,40 @@ VEC_FN void rms_norm_backward_row(const T* dy, const T* x, const T* weight, T* d
   }
 }
 
-// Blocks of kBlockRows rows; each leaves its sum of dweight in its own row of `partial`, so that the
-// result depends neither on the thread count nor on who ran first.
+// dweight += the sum of dy * x * rstd over rows [first, last).
+template <typename T>
+VEC_FN void add_dweight(const RmsNormArgs& args, int64_t first, int64_t last,
+                        Compute<T>* dweight) {
+  const Compute<T>* rstd = static_cast<const Compute<T>*>(args.rstd);
+  for (int64_t i = 0; i < args.channels; i += kLanes<T>) {
+    const int64_t left = args.channels - i;
+    Vec<T> part = {};
+    for (int64_t row = first; row < last; ++row) {
+      const T* dy = static_cast<const T*>(args.dy) + row * args.dy_stride + i;
+      const T* x = static_cast<const T*>(args.x) + row * args.x_stride + i;
+      part += load_upto(dy, left) * (load_upto(x, left) * rstd[row]);
+    }
+    store_upto(dweight + i, left, load_upto(dweight + i, left) + part);
+  }
+}
+
+// Blocks of kBlockRows rows, a few rows at a time so that they are still in cache when dweight
+// reads them again (and dx may be dy: dweight goes first). Each block sums dweight into a row of
+// its own in `partial`, so that the result depends neither on the thread count nor on who ran
+// first.
 template <typename T>
 void rms_norm_backward_blocks(const RmsNormArgs& args, int64_t begin, int64_t end) {
   using C = Compute<T>;
   for (int64_t block = begin; block < end; ++block) {
     C* dweight = static_cast<C*>(args.partial) + block * args.channels;
     std::memset(dweight, 0, args.channels * sizeof(C));
-    const int64_t first = block * kBlockRows;
-    const int64_t last = first + kBlockRows < args.rows ? first + kBlockRows : args.rows;
-    for (int64_t row = first; row < last; ++row)
-      rms_norm_backward_row(static_cast<const T*>(args.dy) + row * args.dy_stride,
-                            static_cast<const T*>(args.x) + row * args.x_stride,
-                            static_cast<const T*>(args.weight),
-                            static_cast<T*>(args.out) + row * args.out_stride, dweight,
-                            static_cast<const C*>(args.rstd)[row], args.channels);
+    const int64_t stop = std::min(args.rows, (block + 1) * kBlockRows);
+    for (int64_t first = block * kBlockRows; first < stop; first += kGroupRows) {
+      const int64_t last = std::min(stop, first + kGroupRows);
+      add_dweight<T>(args, first, last, dweight);
+      for (int64_t row = first; row < last; ++row)
+        norm_dx_row<T>(args, row, static_cast<const C*>(args.rstd)[row]);
+    }
   }
 }
 
@@ -101,7 +121,8 @@ void silu_mul_rows(const SiluMulArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// dup = dout * round(silu(gate)); dgate = dout * up * silu'(gate), silu' = s * (1 + gate * (1 - s)).
+// dup = dout * round(silu(gate)); dgate = dout * up * silu'(gate), silu' = s * (1 + gate * (1 -
+// s)).
 template <typename T>
 void silu_mul_backward_rows(const SiluMulArgs& args, int64_t begin, int64_t end) {
   const int64_t n = args.width;

@@ -1,4 +1,5 @@
-// Rotary position embedding of q and k in one pass: schema, checks, dispatch. Arithmetic: rope_kernels.h.
+// Rotary position embedding of q and k in one pass: schema, checks, dispatch. Arithmetic:
+// rope_kernels.h.
 #include "check.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// RoPE over a range of tokens, included by each_isa.h once per instruction set. Products and sums are
-// separate roundings here (no fma()): the hf mode has to give HF's bits.
+// RoPE over a range of tokens, included by each_isa.h once per instruction set. Products and sums
+// are separate roundings here (no fma()): the hf mode has to give HF's bits.
 namespace varlen_sft {
 namespace {
 namespace VARLEN_ISA {
@@ -16,24 +16,37 @@ VEC_FN Vec<T> load_table(const float* p, int64_t n) {
   }
 }
 
-// Splits 2W consecutive values into the even (first of each pair) and the odd ones, and back.
+// Splits 2W consecutive values into the even (first of each pair) and the odd ones, and back. The
+// baseline is also what compilers without __builtin_shuffle build.
 template <typename V>
 VEC_FN void deinterleave(V low, V high, V& even, V& odd) {
-  using Index = std::conditional_t<std::is_same_v<V, VecD>, VecL, VecI>;
   constexpr int64_t lanes = sizeof(V) / sizeof(low[0]);
-  Index take = {};
+#if VARLEN_VECTOR_BYTES > 16
+  std::conditional_t<std::is_same_v<V, VecD>, VecL, VecI> take = {};
   for (int64_t i = 0; i < lanes; ++i) take[i] = 2 * i;
   even = __builtin_shuffle(low, high, take);
   odd = __builtin_shuffle(low, high, take + 1);
+#else
+  for (int64_t i = 0; i < lanes; ++i) {
+    even[i] = 2 * i < lanes ? low[2 * i] : high[2 * i - lanes];
+    odd[i] = 2 * i < lanes ? low[2 * i + 1] : high[2 * i + 1 - lanes];
+  }
+#endif
 }
 template <typename V>
 VEC_FN void interleave(V even, V odd, V& low, V& high) {
-  using Index = std::conditional_t<std::is_same_v<V, VecD>, VecL, VecI>;
   constexpr int64_t lanes = sizeof(V) / sizeof(even[0]);
-  Index take = {};
+#if VARLEN_VECTOR_BYTES > 16
+  std::conditional_t<std::is_same_v<V, VecD>, VecL, VecI> take = {};
   for (int64_t i = 0; i < lanes; ++i) take[i] = i / 2 + (i % 2) * lanes;
   low = __builtin_shuffle(even, odd, take);
   high = __builtin_shuffle(even, odd, take + lanes / 2);
+#else
+  for (int64_t i = 0; i < lanes; ++i) {
+    low[i] = i % 2 ? odd[i / 2] : even[i / 2];
+    high[i] = i % 2 ? odd[(i + lanes) / 2] : even[(i + lanes) / 2];
+  }
+#endif
 }
 
 template <typename T, bool Interleaved>
@@ -62,8 +75,8 @@ VEC_FN void store_pair(T* row, int64_t i, int64_t half, Vec<T> y1, Vec<T> y2) {
   }
 }
 
-// W pairs of every head of one tensor at one token, with the table values held in registers.
-// zero is +0 in HF's backward, where autograd adds the zero padding of the two slices (that turns -0
+// W pairs of every head of one tensor at one token, with the table values held in registers. zero
+// is +0 in HF's backward, where autograd adds the zero padding of the two slices (that turns -0
 // into +0), and -0, which changes nothing, everywhere else.
 template <typename T, bool Interleaved, bool Hf>
 VEC_FN void rotate_heads(const RopeHeads& x, int64_t token, int64_t i, int64_t half, Vec<T> c,

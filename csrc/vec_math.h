@@ -1,7 +1,7 @@
-// Vectors of one native width for the instruction set being compiled: loads and stores of every dtype
-// with the arithmetic in fp32 (fp64 for fp64), rounding, exp and tanh. No include guard: each_isa.h
-// includes this file once per instruction set. Contraction is off, so the only fused multiply-adds are
-// those written as fma(); the kernels that promise HF's bits do not use it.
+// Vectors of one native width for the instruction set being compiled: loads and stores of every
+// dtype with the arithmetic in fp32 (fp64 for fp64), rounding, exp and tanh. No include guard:
+// each_isa.h includes this file once per instruction set. Contraction is off, so the only fused
+// multiply-adds are those written as fma(); the kernels that promise HF's bits do not use it.
 namespace varlen_sft {
 namespace {
 namespace VARLEN_ISA {
@@ -18,7 +18,8 @@ typedef uint16_t VecHalf __attribute__((vector_size(VARLEN_VECTOR_BYTES / 2)));
 typedef float VecHalfF __attribute__((vector_size(VARLEN_VECTOR_BYTES / 2)));
 
 #if VARLEN_VECTOR_BYTES == 64
-// The maskz forms with every lane on are the plain instructions; the plain intrinsics warn in GCC 12.
+// The maskz forms with every lane on are the plain instructions; the plain intrinsics warn in GCC
+// 12.
 constexpr __mmask16 kAllLanes = 0xffff;
 #endif
 
@@ -38,9 +39,30 @@ VEC_FN V load_bits(const P* p) {
 
 VEC_FN VecF load(const float* p) { return load_bits<VecF>(p); }
 VEC_FN VecD load(const double* p) { return load_bits<VecD>(p); }
-VEC_FN VecF load(const BFloat16* p) {
-  return (VecF)(__builtin_convertvector(load_bits<VecHalf>(p), VecU) << 16);
+
+// 16-bit lanes to 32-bit lanes and back; GCC 12 makes several shuffles of __builtin_convertvector
+// here.
+VEC_FN VecU widen(VecHalf v) {
+#if VARLEN_VECTOR_BYTES == 64
+  return (VecU)_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)v);
+#elif VARLEN_VECTOR_BYTES == 32
+  return (VecU)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, VecU);
+#endif
 }
+VEC_FN VecHalf narrow(VecU v) {
+#if VARLEN_VECTOR_BYTES == 64
+  return (VecHalf)_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)v);
+#elif VARLEN_VECTOR_BYTES == 32
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);  // per 128-bit half
+  return (VecHalf)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
+#else
+  return __builtin_convertvector(v, VecHalf);
+#endif
+}
+
+VEC_FN VecF load(const BFloat16* p) { return (VecF)(widen(load_bits<VecHalf>(p)) << 16); }
 VEC_FN VecF load(const Half* p) {
 #if VARLEN_VECTOR_BYTES == 64
   return (VecF)_mm512_maskz_cvtph_ps(kAllLanes, (__m256i)load_bits<VecHalf>(p));
@@ -53,8 +75,9 @@ VEC_FN VecF load(const Half* p) {
 #endif
 }
 
-// bf16 of v in the upper half of each lane: nearest, ties to even; every NaN becomes the quiet 0x7fc0,
-// as c10::BFloat16 makes it (rounding its bits like a number's could carry a NaN over into infinity).
+// bf16 of v in the upper half of each lane: nearest, ties to even; every NaN becomes the quiet
+// 0x7fc0, as c10::BFloat16 makes it (rounding its bits like a number's could carry a NaN over into
+// infinity).
 VEC_FN VecU bf16_bits(VecF v) {
   const VecU bits = (VecU)v;
   const VecU rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -64,7 +87,7 @@ VEC_FN VecU bf16_bits(VecF v) {
 VEC_FN void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
 VEC_FN void store(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
 VEC_FN void store(BFloat16* p, VecF v) {
-  const VecHalf bits = __builtin_convertvector(bf16_bits(v) >> 16, VecHalf);
+  const VecHalf bits = narrow(bf16_bits(v) >> 16);
   std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
 }
 VEC_FN void store(Half* p, VecF v) {
@@ -111,7 +134,7 @@ VEC_FN void store_upto(T* p, int64_t n, Vec<T> v) {
 
 template <typename T>
 VEC_FN Vec<T> splat(Compute<T> x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // a sum would turn -0 into +0
 }
 
 // a * b + c, in one rounding where the instruction set has it.
@@ -137,14 +160,16 @@ VEC_FN VecF max_keep(VecF a, VecF b) {
 }
 VEC_FN VecD max_keep(VecD a, VecD b) { return a > b ? a : b; }
 
-// Below this exp_nonpositive is exactly 0 (in fp32 it would be subnormal), so that e * d stays finite.
+// Below this exp_nonpositive is exactly 0 (in fp32 it would be subnormal), so that e * d stays
+// finite.
 template <typename T>
 constexpr Compute<T> kExpFloor = std::is_same_v<T, double> ? -745.2 : -87.33f;
 
-// exp(d) for d <= 0 that has been clamped to kExpFloor; NaN stays NaN. Range reduction to |r| <= ln2/2
-// and a degree-6 minimax polynomial; within 1 ulp.
+// exp(d) for d <= 0 that has been clamped to kExpFloor; NaN stays NaN. Range reduction to |r| <=
+// ln2/2 and a degree-6 minimax polynomial; within 1 ulp.
 VEC_FN VecF exp_nonpositive(VecF d) {
-  const VecF shift = VecF{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  // 1.5 * 2^23: adding it leaves the value, rounded to an integer, in the low bits.
+  const VecF shift = VecF{} + 12582912.0f;
   const VecF shifted = fma(d, VecF{} + 1.44269504f, shift);
   const VecF n = shifted - shift;
   // ln2 in two parts; the first has 10 bits, so that n * part is exact without fma too.
@@ -170,19 +195,22 @@ VEC_FN VecF copy_sign(VecF magnitude, VecF sign) {
   return (VecF)((VecU)magnitude | ((VecU)sign & 0x80000000u));
 }
 
-// tanh and its slope 1 - tanh^2. Below 0.625 an odd polynomial; above, 1 - q with q = 1 - tanh itself
-// at hand, so that the slope q * (2 - q) does not cancel where tanh saturates.
+// tanh, within 1 ulp, and its slope 1 - tanh^2. Below 1 an odd minimax polynomial; above, 1 - q
+// with q = 1 - tanh itself at hand, so that the slope q * (2 - q) does not cancel where tanh
+// saturates.
 VEC_FN VecF tanh(VecF v, VecF& slope) {
   const VecF a = absolute(v), z = v * v;
-  VecF p = fma(z, VecF{} - 5.70498872745e-3f, VecF{} + 2.06390887954e-2f);
-  p = fma(z, p, VecF{} - 5.37397155531e-2f);
-  p = fma(z, p, VecF{} + 1.33314422036e-1f);
-  p = fma(z, p, VecF{} - 3.33332819422e-1f);
+  VecF p = fma(z, VecF{} - 3.5845178e-4f, VecF{} + 2.3013638e-3f);
+  p = fma(z, p, VecF{} - 7.9461052e-3f);
+  p = fma(z, p, VecF{} + 2.1486657e-2f);
+  p = fma(z, p, VecF{} - 5.3879802e-2f);
+  p = fma(z, p, VecF{} + 1.3332345e-1f);
+  p = fma(z, p, VecF{} - 3.3333295e-1f);
   const VecF small = fma(z * v, p, v);
   const VecF e = exp_nonpositive(max_keep(VecF{} + kExpFloor<float>, -2.0f * a));
   const VecF q = 2.0f * e / (1.0f + e);
-  slope = a < 0.625f ? 1.0f - small * small : q * (2.0f - q);
-  return a < 0.625f ? small : copy_sign(1.0f - q, v);
+  slope = a < 1.0f ? 1.0f - small * small : q * (2.0f - q);
+  return a < 1.0f ? small : copy_sign(1.0f - q, v);
 }
 VEC_FN VecD tanh(VecD v, VecD& slope) {
   for (int64_t i = 0; i < kLanes<double>; ++i) v[i] = std::tanh(v[i]);

@@ -227,7 +227,7 @@ REFUSED = {
     ),
     "a note moves to the end": (
         CHATML.replace("{% for", "{{ messages | length }}{% for"),
-        "the template rewrites history: the prompt of message 2 ends in .*assistant",
+        "the template rewrites history, or .*: the prompt of message 2 ends in .*assistant",
     ),
     "no generation prompt": (
         CHATML.split("{% if add")[0],

@@ -97,12 +97,11 @@ def test_no_gradient_crosses_a_boundary():
 
 @pytest.fixture
 def fp64_norms(monkeypatch):
-    """LlamaRMSNorm computes in fp32 whatever its input is; the promise of 1e-10 needs it in fp64."""
+    """LlamaRMSNorm computes in fp32 whatever comes; the promise of 1e-10 needs it in fp64."""
 
     def forward(self, x):
-        return (
-            self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        )
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x * scale
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 

@@ -83,7 +83,8 @@ def _answer_start(template: ChatTemplate, text: str, messages: Sequence[Message]
     prompt = template.render(messages[:i], add_generation_prompt=True)
     if not text.startswith(prompt):
         raise ConversationError(
-            f"the template rewrites history: the prompt of message {i + 1} ends in "
+            "the template rewrites history, or prompts with text that it does not keep: the "
+            f"prompt of message {i + 1} ends in "
             f"{prompt[-40:]!r}, and the whole conversation does not begin with it "
             f"(they part at character {_common_prefix(text, prompt)} of {len(prompt)})"
         )

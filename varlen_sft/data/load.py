@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,11 @@ BATCH = 256
 
 
 def tokenize_file(
-    path: str | os.PathLike[str], tokenizer: ChatTokenizer, *, vocab_size: int | None = None
+    path: str | os.PathLike[str],
+    tokenizer: ChatTokenizer,
+    *,
+    vocab_size: int | None = None,
+    max_tokens: int | None = None,
 ) -> Iterator[Sample]:
     """Stream one sample per conversation of a JSON lines file, in its order.
 
@@ -27,11 +31,19 @@ def tokenize_file(
         path: the file, see ``formats.read_conversations``.
         tokenizer: turns conversations to samples.
         vocab_size: V of the model that will be trained; ids must be below it.
+        max_tokens: rows that a pack can hold; a sample of L tokens makes L - 1.
 
     Raises:
         InputError: with file and row, at the first conversation that cannot be used.
     """
-    return _samples(path, read_conversations(path), tokenizer, vocab_size)
+
+    def check(sample: Sample) -> None:
+        if vocab_size is not None:
+            check_vocabulary(sample, vocab_size)
+        if max_tokens is not None and len(sample) - 1 > max_tokens:
+            raise InputError(f"{len(sample) - 1} rows do not fit a pack of {max_tokens} tokens")
+
+    return _samples(path, read_conversations(path), tokenizer, check)
 
 
 def check_vocabulary(sample: Sample, vocab_size: int) -> None:
@@ -49,16 +61,15 @@ def _samples(
     path: str | os.PathLike[str],
     rows: Iterator[tuple[int, Conversation]],
     tokenizer: ChatTokenizer,
-    vocab_size: int | None,
+    check: Callable[[Sample], None],
 ) -> Iterator[Sample]:
     while batch := list(islice(rows, BATCH)):
         outcomes = tokenizer.encode_outcomes(conversation for _, conversation in batch)
         for (row, _), outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, ConversationError):
                 raise InputError(str(outcome), file=path, row=row)
-            if vocab_size is not None:
-                try:
-                    check_vocabulary(outcome, vocab_size)
-                except InputError as error:
-                    raise InputError(error.reason, file=path, row=row) from None
+            try:
+                check(outcome)
+            except InputError as error:
+                raise InputError(error.reason, file=path, row=row) from None
             yield outcome

@@ -22,6 +22,7 @@ __all__ = [
     "DemoData",
     "answer",
     "chatterbot_conversations",
+    "hold_out",
     "register_machine_conversations",
     "write_demo_data",
 ]
@@ -109,7 +110,7 @@ def write_demo_data(
         ("chatterbot", chatterbot, counts),
         ("register_machine", unique, machine),
     ):
-        kept, held_out = _hold_out(conversations, validation_share)
+        kept, held_out = hold_out(conversations, validation_share)
         kind_counts |= {"train": len(kept), "validation": len(held_out)}
         all_counts |= {f"{kind}_{name}": count for name, count in kind_counts.items()}
         train += kept
@@ -148,10 +149,14 @@ def _alternate(lines: Sequence[str]) -> Conversation:
     return Conversation(tuple(Message(roles[i % 2], line) for i, line in enumerate(answered)))
 
 
-def _hold_out(
+def hold_out(
     conversations: Sequence[Conversation], share: float
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """(kept, held out), each in the order given."""
+    """(kept, held out), each in the order given; the hash of what the user says decides.
+
+    Raises:
+        ValueError: a side would be empty.
+    """
     keys = [_question_hash(conversation) for conversation in conversations]
     wanted = max(1, round(share * len(keys)))
     bound = sorted(keys)[wanted - 1] if keys else ""

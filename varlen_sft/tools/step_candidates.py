@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from varlen_sft.data.batch import collate
+from varlen_sft.data.chat import ChatTokenizer
+from varlen_sft.data.load import tokenize_file
 from varlen_sft.data.sample import ROLES, Sample
 from varlen_sft.models.config import LlamaConfig
 from varlen_sft.models.llama import LlamaForSFT
 from varlen_sft.reference import IGNORE_INDEX, position_ids_from_lengths
 
 __all__ = ["CANDIDATES", "Candidate", "Floor", "HFPacked", "HFPadded", "Load", "Ours"]
-__all__ += ["chat_like_lengths", "chat_like_samples", "computed_when_padded", "load_hf"]
+__all__ += ["chat_like_lengths", "chat_like_samples", "load_hf", "step_products"]
 
 SIGMA = 0.8
 """Spread of the log-lengths: at a median of 350, 95 % of conversations have 70 to 1,700 tokens."""
@@ -67,24 +69,36 @@ def chat_like_samples(
     return samples
 
 
-def computed_when_padded(lengths: Sequence[int], micro_batch: int = 4) -> int:
-    """Tokens that a step computes if every ``micro_batch`` samples are padded to their longest."""
-    starts = range(0, len(lengths), micro_batch)
-    return sum(max(group) * len(group) for s in starts if (group := lengths[s : s + micro_batch]))
-
-
 @dataclass(frozen=True)
 class Load:
-    """What every candidate gets: a model folder, a dtype, and samples drawn from a seed."""
+    """What every candidate gets: a model folder, a dtype, and about ``tokens`` tokens of samples.
+
+    Samples are random token ids of chat-like lengths, or, with ``data``, conversations of that
+    file, tokenised by the model's template. The seed draws either.
+    """
 
     model: Path
     dtype: torch.dtype
     tokens: int
     seed: int
+    data: Path | None = None
 
     def samples(self) -> list[Sample]:
+        if self.data is not None:
+            return _drawn(self.data, self.model, self.tokens, self.seed)
         vocab_size = LlamaConfig.from_folder(self.model).vocab_size
         return chat_like_samples(chat_like_lengths(self.tokens, self.seed), vocab_size, self.seed)
+
+
+def _drawn(data: Path, model: Path, tokens: int, seed: int) -> list[Sample]:
+    """Conversations in a random order until the next would exceed ``tokens``; one at least."""
+    samples = list(tokenize_file(data, ChatTokenizer.from_folder(model)))
+    drawn: list[Sample] = []
+    for index in np.random.default_rng(seed).permutation(len(samples)):
+        if drawn and sum(map(len, drawn)) + len(samples[index]) > tokens:
+            break
+        drawn.append(samples[index])
+    return drawn
 
 
 class Candidate(Protocol):

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from tests.helpers import random_samples, tiny_hf_config, tiny_model
+from varlen_sft.data.batch import collate
+from varlen_sft.train.loop import (
+    NotFinite,
+    StepRecord,
+    TrainOptions,
+    endless_packs,
+    evaluate,
+    train,
+)
+from varlen_sft.train.metrics import JsonLinesLog, LiveLine, describe
+from varlen_sft.train.optimizer import MasterAdamW, cosine_with_warmup
+
+RECORD = StepRecord(
+    step=12, loss=1.23456, grad_norm=0.5, lr=1e-4, real_tokens=2000, supervised_tokens=800,
+    fill=0.9765, step_time_s=2.0, seconds_left=83.4,
+)  # fmt: skip
+
+
+def test_every_sample_once_per_epoch_and_another_order_in_the_next():
+    samples = random_samples([5, 9, 3, 7, 7, 2, 6, 9])
+    stream = endless_packs(samples, max_tokens=12, seed=0)
+    epochs = []
+    for _ in range(2):
+        seen: list[int] = []
+        while len(seen) < len(samples):
+            pack = next(stream)
+            assert sum(len(s) - 1 for s in pack) <= 12
+            seen += [next(i for i, s in enumerate(samples) if s is one) for one in pack]
+        assert sorted(seen) == list(range(len(samples)))
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+    again = endless_packs(samples, max_tokens=12, seed=0)
+    first = [id(s) for p in itertools.islice(again, 3) for s in p]
+    repeat = endless_packs(samples, max_tokens=12, seed=0)
+    assert first == [id(s) for p in itertools.islice(repeat, 3) for s in p]
+
+
+def test_evaluation_is_a_sum_over_a_sum_not_a_mean_of_means():
+    model = tiny_model(tiny_hf_config())
+    samples = random_samples([30, 4, 9])
+    one = model(collate(samples))
+    expected = float(one.loss_sum / one.weight_sum)
+    apart = evaluate(model, [[samples[0]], samples[1:]])
+    assert math.isclose(apart, expected, rel_tol=1e-6)
+    means = [float((o := model(collate(p))).loss_sum / o.weight_sum)
+             for p in ([samples[0]], samples[1:])]  # fmt: skip
+    assert not math.isclose(sum(means) / 2, expected, rel_tol=1e-3)
+
+
+def test_training_lowers_the_loss_and_records_every_step():
+    model = tiny_model(tiny_hf_config(), torch.float32)
+    samples = random_samples([20, 30, 12], fractional=False)
+    seen = []
+    records = train(
+        model, itertools.repeat(samples, 100), TrainOptions(max_steps=12, lr=1e-2),
+        max_tokens=64, on_step=seen.append,
+    )  # fmt: skip
+    assert [r.step for r in records] == list(range(1, 13)) and seen == records
+    assert records[-1].loss < 0.5 * records[0].loss
+    batch = collate(samples)
+    assert records[0].real_tokens == 59 and records[0].fill == 59 / 64
+    assert records[0].supervised_tokens == batch.supervised_tokens
+    assert records[-1].seconds_left == 0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update():
+    model = tiny_model(tiny_hf_config(), torch.float32)
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    before = model.lm_head.weight.clone()
+    with pytest.raises(NotFinite, match="the loss is nan"):
+        train(model, [random_samples([9])], TrainOptions(max_steps=1), max_tokens=9)
+    assert torch.equal(before, model.lm_head.weight)
+
+
+def test_bf16_weights_collect_updates_that_are_below_their_rounding():
+    layer = torch.nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    torch.nn.init.ones_(layer.weight)
+    optimizer = MasterAdamW(layer)
+    for _ in range(100):
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step(lr=1e-4, max_grad_norm=1e9)
+    # AdamW's step is lr for a steady gradient: 100 steps of 1e-4 on a grid of 1/256.
+    expected = torch.tensor(1 - 100 * 1e-4).bfloat16()
+    assert (layer.weight == expected).all()
+    assert layer.weight.grad is None
+
+
+def test_fp32_training_is_torch_adamw_with_clipping():
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = MasterAdamW(ours, weight_decay=0.1)
+    adamw = torch.optim.AdamW(
+        [{"params": [theirs.weight], "weight_decay": 0.1},
+         {"params": [theirs.bias], "weight_decay": 0.0}], lr=1e-2, betas=(0.9, 0.95),
+    )  # fmt: skip
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        for layer in (ours, theirs):
+            layer.zero_grad()
+            layer(x).square().sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        adamw.step()
+        assert torch.allclose(optimizer.step(1e-2, 0.5), norm)
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_schedule_rises_and_falls():
+    assert cosine_with_warmup(0.05) == 0.5
+    assert cosine_with_warmup(0.1) == 1.0
+    assert math.isclose(cosine_with_warmup(0.55), 0.55)
+    assert math.isclose(cosine_with_warmup(1.0), 0.1)
+    assert 0 < cosine_with_warmup(0.0) < 0.02
+
+
+def test_options_end_a_run_by_steps_or_seconds():
+    both = TrainOptions(max_steps=10, max_seconds=100)
+    assert both.progress(5, 20) == 0.5 and both.progress(1, 80) == 0.8
+    assert TrainOptions(max_seconds=10).progress(1000, 20) == 1.0
+    with pytest.raises(ValueError, match="max_steps or max_seconds must be given"):
+        TrainOptions()
+    with pytest.raises(ValueError, match="lr must be positive, got 0"):
+        TrainOptions(max_steps=1, lr=0)
+
+
+def test_what_a_person_reads():
+    assert describe(RECORD) == (
+        "step   12  loss  1.235   1,000 tok/s     400 supervised tok/s  fill  97.7%  1:23 left"
+    )
+    console = Console(record=True, force_terminal=False, width=120)
+    with LiveLine(console, lambda record: 0.5) as line:
+        line.show(RECORD)
+        line.show(RECORD)  # within the same ten seconds: not repeated
+    assert console.export_text().splitlines() == [describe(RECORD)]
+
+
+def test_the_log_keeps_every_step(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with JsonLinesLog(path, {"seed": 3}) as log:
+        log.step(RECORD)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]  # before it is closed
+    assert lines[0] == {"event": "start", "seed": 3}
+    assert lines[1]["event"] == "step" and lines[1]["loss"] == RECORD.loss
+    assert np.isclose(lines[1]["step_time_s"], 2.0)
