@@ -19,7 +19,7 @@ from varlen_sft.data.batch import collate
 from varlen_sft.tools import step_bench
 from varlen_sft.tools.step_bench import Load, LossesDisagree
 from varlen_sft.tools.step_candidates import CANDIDATES, SHORTEST, load_hf
-from varlen_sft.tools.step_table import CPU_NOTE, describe, render, stamp
+from varlen_sft.tools.step_table import CPU_NOTE, describe, disturbed, render, stamp
 
 HELP = """\
 One training step (forward and backward, no optimiser) of a Llama on conversations of chat-like
@@ -112,6 +112,7 @@ def measure(load: Load, args: argparse.Namespace, progress: Callable[[str], None
     if not args.no_memory:
         add_memory(rows, load, args.threads, progress)
     facts = {"loss_fp32_padded": truth, "loss_bound": bound, "rows": rows}
+    facts["disturbed"] = disturbed(rows)
     return facts | {"seconds": times} | describe(load)
 
 
@@ -154,7 +155,13 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N", help="draws lengths and tokens (default: 0)")
     add("--threads", type=int, default=2, metavar="N", help="of torch (default: 2)")
     add("--no-memory", action="store_true", help="skip the memory probes")
-    add("--json", type=Path, default=RESULTS, metavar="FILE", help=f"default: {RESULTS.name}")
+    add(
+        "--json",
+        type=Path,
+        default=RESULTS,
+        metavar="FILE",
+        help="default: results/bench_step.json beside this script",
+    )
     args = parser.parse_args()
     for name, least in (("tokens", SHORTEST), ("rounds", FEWEST_ROUNDS), ("threads", 1)):
         if (value := getattr(args, name)) is not None and value < least:

@@ -252,6 +252,7 @@ def test_script_prints_tables_and_writes_json(folder: Path, tmp_path: Path):
     for table in tables:
         rows = {row["candidate"]: row for row in table["rows"]}
         assert list(rows) == ["hf padded", "hf packed", "ten lines", "ours", "floor"]
+        assert table["disturbed"] == step_table.disturbed(table["rows"])
         assert all(len(seconds) == 3 for seconds in table["seconds"].values())
         for name, row in rows.items():
             assert (row["loss"] is None) == (name == "floor"), name
@@ -290,4 +291,4 @@ def test_a_disturbed_table_says_so(load: Load):
     result = step_table.describe(load) | {"loss_bound": 1e-5, "loss_fp32_padded": 5.0}
     assert "Disturbed" not in step_table.caption(result | {"rows": [row]})
     row["seconds_max"] = 16.0
-    assert "1.5 min of ours. Run it again" in step_table.caption(result | {"rows": [row]})
+    assert "1.5 min of ours. Quote no ratio" in step_table.caption(result | {"rows": [row]})

@@ -47,6 +47,7 @@ def test_every_sample_once_per_epoch_and_another_order_in_the_next():
     assert first == [id(s) for p in itertools.islice(repeat, 3) for s in p]
 
 
+@torch.no_grad()
 def test_evaluation_is_a_sum_over_a_sum_not_a_mean_of_means():
     model = tiny_model(tiny_hf_config())
     samples = random_samples([30, 4, 9])

@@ -177,11 +177,11 @@ def _files(options: DemoOptions, console: Console) -> tuple[Path, Path]:
 def _tokenize(
     path: Path, tokenizer: ChatTokenizer, vocab_size: int, max_tokens: int, console: Console
 ) -> list[Sample]:
+    stream = tokenize_file(path, tokenizer, vocab_size=vocab_size, max_tokens=max_tokens)
     with open(path, "rb") as file:
         rows = sum(1 for _ in file)
     samples = []
     with show.bar(console) as update:
-        stream = tokenize_file(path, tokenizer, vocab_size=vocab_size, max_tokens=max_tokens)
         for sample in stream:
             samples.append(sample)
             update(len(samples) / rows, f"tokenising {path.name}: {len(samples):,} of {rows:,}")

@@ -12,7 +12,15 @@ from rich.table import Table
 from varlen_sft.models.config import LlamaConfig
 from varlen_sft.tools.step_candidates import Load, chat_like_lengths
 
-__all__ = ["CPU_NOTE", "computed_when_padded", "describe", "padding_factor", "render", "stamp"]
+__all__ = [
+    "CPU_NOTE",
+    "computed_when_padded",
+    "describe",
+    "disturbed",
+    "padding_factor",
+    "render",
+    "stamp",
+]
 
 WIDE_SPREAD = 1.5
 CPU_NOTE = "CPU times. They say nothing about a GPU, where no number of this table was measured."
@@ -76,14 +84,18 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def disturbed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Candidates whose slowest step took over 1.5 times their fastest.
+
+    Other work on the machine rarely falls on all alike: no ratio of such a table is to be quoted.
+    """
+    return [r["candidate"] for r in rows if r["seconds_max"] > WIDE_SPREAD * r["seconds_min"]]
+
+
 def caption(result: Mapping[str, Any]) -> str:
     """What was computed, and whether the machine was quiet enough to believe the times."""
-    wide = [
-        row["candidate"]
-        for row in result["rows"]
-        if row["seconds_max"] > WIDE_SPREAD * row["seconds_min"]
-    ]
-    noise = f"\n[red]Disturbed: max > {WIDE_SPREAD} min of {', '.join(wide)}. Run it again.[/red]"
+    wide = disturbed(result["rows"])
+    noise = f"\n[red]Disturbed: max > {WIDE_SPREAD} min of {', '.join(wide)}. Quote no ratio[/red]"
     return (
         f"{len(result['lengths'])} samples of {min(result['lengths'])} to {max(result['lengths'])} "
         f"tokens, {result['supervised_share']:.0%} supervised; {result['layers']} layers, "
