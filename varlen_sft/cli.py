@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from varlen_sft import __version__
-from varlen_sft.errors import InputError
+from varlen_sft.errors import InputError, RunError
 
 DEMO = """\
 Fine-tune a real Llama (SmolLM2-135M-Instruct) on real conversations, without one pad token.
@@ -35,13 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0; 2 for bad input, told in one line; 130 after Ctrl-C.
+        0; 2 for bad input and 1 for a run that failed, told in one line; 130 after Ctrl-C.
     """
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
         args.run(args)
-    except InputError as error:
+    except (InputError, RunError) as error:
         return _fail(error, args.debug)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("varlen_sft"):
@@ -56,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fail(error: InputError, debug: bool) -> int:
+def _fail(error: InputError | RunError, debug: bool) -> int:
     if debug:
         raise error
     print(f"varlen-sft: error: {error}", file=sys.stderr)
-    return 2
+    return 2 if isinstance(error, InputError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

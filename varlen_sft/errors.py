@@ -1,4 +1,4 @@
-"""The one exception for input that a user can mend."""
+"""Errors that the command line tells in one line: input to mend, and runs that went wrong."""
 
 from __future__ import annotations
 
@@ -26,3 +26,10 @@ class InputError(ValueError):
         if row is not None:
             where.append(f"row {row}")
         super().__init__(f"{', '.join(where)}: {reason}" if where else reason)
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, or its results cannot be trusted, though its input was good.
+
+    The command line prints it without a traceback and exits with 1.
+    """

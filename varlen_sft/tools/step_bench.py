@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from varlen_sft import _extension
+from varlen_sft.errors import RunError
 from varlen_sft.tools.step_candidates import (
     CANDIDATES,
     Candidate,
@@ -48,7 +49,7 @@ FP32_RELATIVE = 1e-5
 """What the package promises of fp32, see DESIGN.md."""
 
 
-class LossesDisagree(RuntimeError):
+class LossesDisagree(RunError):
     """Candidates computed different losses: their times are not those of the same work."""
 
 

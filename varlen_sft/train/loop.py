@@ -13,13 +13,14 @@ import torch
 from varlen_sft.data.batch import PackedBatch, collate
 from varlen_sft.data.packing import plan_packs
 from varlen_sft.data.sample import Sample
+from varlen_sft.errors import RunError
 from varlen_sft.models.llama import LlamaForSFT
 from varlen_sft.train.optimizer import MasterAdamW, cosine_with_warmup
 
 __all__ = ["NotFinite", "StepRecord", "TrainOptions", "endless_packs", "evaluate", "train"]
 
 
-class NotFinite(RuntimeError):
+class NotFinite(RunError):
     """The loss became NaN or infinite; weights are those before the step."""
 
 
