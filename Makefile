@@ -16,7 +16,7 @@ help:
 	@echo '  make demo     see it work: a real small model, packed against padded'
 	@echo '  make test     the tests                    make test ARGS="-k rope -n 2"'
 	@echo '  make e2e      the tests that take minutes'
-	@echo '  make bench    all benchmarks on this machine; JSON in build/bench'
+	@echo '  make bench    all benchmarks on this machine; JSON in benchmarks/results'
 	@echo '  make gpu      GPU tests and benchmarks     make gpu GPU_PYTHON=python3  (not .venv)'
 	@echo '  make lint     ruff: rules and format       make types   mypy'
 	@echo '  make setup    only make .venv              make setup PYTHON=python3.12  (for a new one)'
@@ -45,9 +45,9 @@ types: setup
 
 # $(call run_benchmarks,PYTHON): op benchmarks under pytest-benchmark, then the script tables.
 define run_benchmarks
-mkdir -p build/bench
+mkdir -p benchmarks/results
 $(if $(wildcard benchmarks/test_*.py),$(1) -m pytest benchmarks --benchmark-only \
-  --benchmark-json=build/bench/ops.json $(ARGS))
+  --benchmark-json=benchmarks/results/ops.json $(ARGS))
 $(if $(wildcard benchmarks/bench_*.py),set -e; for script in $(sort $(wildcard \
   benchmarks/bench_*.py)); do $(1) "$$script"; done)
 endef

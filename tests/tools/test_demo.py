@@ -60,7 +60,7 @@ def test_the_summary_compares_padded_and_packed(demo):
     summary = json.loads((demo / "out/summary.json").read_text())
     compared = summary["comparison"]
     padded, packed = compared["rows"]
-    assert (padded["name"], packed["name"]) == ("hf padded", "ours")
+    assert (padded["candidate"], packed["candidate"]) == ("hf padded", "ours")
     assert compared["loss_difference"] <= 2e-5 * padded["loss"]
     assert packed["tokens_computed"] < compared["real_tokens"] < padded["tokens_computed"]
     assert packed["peak_bytes"] > 10**8 and padded["seconds_median"] > 0

@@ -110,6 +110,8 @@ def comparison(console: Console, compared: Mapping[str, Any]) -> None:
         f"is {compared['loss_bound']:.2e}. Measured on this CPU: no GPU figure.",
         highlight=False,
     )
+    if compared["disturbed"]:
+        console.print("[red]Other work disturbed these times: quote no ratio, run it again.[/red]")
 
 
 def validation(console: Console, before: float, after: float, packs: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from varlen_sft.tools.step_bench import check_losses, fp32_loss, interleaved, peak_memory
 from varlen_sft.tools.step_candidates import CANDIDATES, Candidate, Load
+from varlen_sft.tools.step_table import disturbed
 
 __all__ = ["compare"]
 
@@ -28,9 +29,9 @@ def compare(
         progress: told the share done and what is being done.
 
     Returns:
-        ``rows``, padded first, with loss, tokens_computed, seconds_median, seconds (all rounds),
-        real_tokens_per_second and peak_bytes; conversations, real_tokens, rounds, loss_difference
-        and loss_bound.
+        ``rows``, padded first, with loss, tokens_computed, seconds (all rounds, their median, min
+        and max), real_tokens_per_second and peak_bytes; conversations, real_tokens, rounds,
+        loss_difference, loss_bound, and ``disturbed``: candidates whose times spread too far.
 
     Raises:
         LossesDisagree: they did not compute the same loss.
@@ -52,13 +53,13 @@ def compare(
     times = interleaved(candidates, rounds, warmup=0, progress=steps)
     samples = load.samples()
     real_tokens = sum(len(sample) for sample in samples)
+    rows = [
+        _row(name, losses[name], candidates[name].tokens, times[name], real_tokens, memory[name])
+        for name in LABELS
+    ]
     return {
-        "rows": [
-            _row(
-                name, losses[name], candidates[name].tokens, times[name], real_tokens, memory[name]
-            )
-            for name in LABELS
-        ],
+        "rows": rows,
+        "disturbed": disturbed(rows),
         "conversations": len(samples),
         "real_tokens": real_tokens,
         "rounds": rounds,
@@ -72,12 +73,14 @@ def _row(
 ) -> dict[str, Any]:
     median = sorted(seconds)[len(seconds) // 2]
     return {
-        "name": name,
+        "candidate": name,
         "label": LABELS[name],
         "loss": loss,
         "tokens_computed": tokens,
         "seconds": seconds,
         "seconds_median": median,
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
         "real_tokens_per_second": real_tokens / median,
         "peak_bytes": peak,
     }
