@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from varlen_sft.data.batch import PackedBatch, collate
 from varlen_sft.data.packing import plan_packs
 from varlen_sft.data.sample import Sample
 from varlen_sft.errors import RunError
 from varlen_sft.models.llama import LlamaForSFT
+from varlen_sft.reference import LossOutput
 from varlen_sft.train.optimizer import MasterAdamW, cosine_with_warmup
 
-__all__ = ["NotFinite", "StepRecord", "TrainOptions", "endless_packs", "evaluate", "train"]
+__all__ = ["NotFinite", "StepRecord", "TrainOptions", "endless_packs", "evaluate", "mean_loss"]
+__all__ += ["train"]
 
 
 class NotFinite(RunError):
@@ -141,11 +144,21 @@ def train(
     return records
 
 
+def mean_loss(outputs: Sequence[LossOutput]) -> Tensor:
+    """Weighted mean over all micro-batches: the sum of sums over the sum of weights, () fp32.
+
+    Never a mean of means, in which a token of a sparsely supervised micro-batch would count more.
+    Without any weight it is 0.
+    """
+    loss_sum = torch.stack([output.loss_sum for output in outputs]).sum()
+    weight_sum = torch.stack([output.weight_sum for output in outputs]).sum()
+    return loss_sum / weight_sum.clamp(min=torch.finfo(weight_sum.dtype).tiny)
+
+
 def _step(
     model: LlamaForSFT, batch: PackedBatch, optimizer: MasterAdamW, lr: float, max_norm: float
 ) -> tuple[float, float]:
-    output = model(batch)
-    loss = output.loss_sum / output.weight_sum.clamp(min=torch.finfo(torch.float32).tiny)
+    loss = mean_loss([model(batch)])
     loss.backward()
     value = float(loss.detach())
     if not math.isfinite(value):
@@ -162,9 +175,4 @@ def _seconds_left(options: TrainOptions, step: int, seconds: float) -> float:
 @torch.no_grad()
 def evaluate(model: LlamaForSFT, packs: Iterable[Sequence[Sample]]) -> float:
     """Weighted mean loss over all supervised tokens of all packs: a sum over a sum."""
-    loss_sum = weight_sum = 0.0
-    for samples in packs:
-        output = model(collate(samples))
-        loss_sum += float(output.loss_sum)
-        weight_sum += float(output.weight_sum)
-    return loss_sum / weight_sum if weight_sum else 0.0
+    return float(mean_loss([model(collate(samples)) for samples in packs]))
