@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 
 import pytest
@@ -46,6 +47,15 @@ def test_the_checkpoint_opens_in_transformers_and_was_trained(demo):
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert text.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_report_shows_what_was_measured(demo):
+    page = (demo / "out/report.html").read_text(encoding="utf-8")
+    summary = json.loads((demo / "out/summary.json").read_text())
+    for row in summary["comparison"]["rows"]:
+        assert f'data-value="{row["loss"]}"' in page
+    for answer in summary["after"]["answers"]:
+        assert html.escape(answer) in page
 
 
 def test_the_log_has_a_line_per_step(demo):

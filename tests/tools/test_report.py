@@ -133,7 +133,7 @@ def report(summary, pack, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def result() -> dict:
     return {
-        "model": "<i>model</i>",
+        "model": "/somewhere/<i>model",
         "dtype": "fp32",
         "environment": ENVIRONMENT,
         "conversations": 3,
@@ -174,6 +174,8 @@ def check(result, tmp_path_factory) -> Path:
 def test_every_measured_number_is_on_the_page(report, summary):
     page = Page(report.read_text(encoding="utf-8"))
     steps = summary["steps"]
+    title = "varlen_sft: a <b> model fine-tuned without padding"
+    assert [text for _, text in page.where("h1")] == [title]
     assert page.values("loss", x="1") == [2.125]
     curve = [(int(a["data-x"]), float(a["data-value"])) for a, _ in page.where("circle")]
     assert curve[: len(steps)] == [(s["step"], s["loss"]) for s in steps]
@@ -305,6 +307,7 @@ def test_a_part_of_a_character_is_the_replacement_character(pack):
 
 def test_findings_and_verdict(check, result):
     page = Page(check.read_text(encoding="utf-8"))
+    assert [text for _, text in page.where("h1")] == ["varlen_sft check: <i>model, fp32"]
     [(verdict, text)] = page.where("p", field="verdict")
     assert (verdict["data-value"], text) == ("fail", "\u2717 1 of 3 properties do not hold")
     for finding in result["findings"]:

@@ -93,7 +93,7 @@ def prepare(options: CheckOptions) -> Material:
     config = LlamaConfig.from_folder(options.model)
     tokenizer = ChatTokenizer.from_folder(options.model)
     if options.data is None:
-        found = register_machine_conversations(options.conversations, options.seed, 1, 3)
+        found = register_machine_conversations(options.conversations, options.seed, 1, 2)
         samples = tokenizer.encode_many(found)
     else:
         found = [c for _, c in read_conversations(options.data)][: options.conversations]

@@ -40,15 +40,16 @@ def write_check_page(path: str | os.PathLike[str], result: Mapping[str, Any]) ->
 
     Args:
         path: of the HTML file.
-        result: ``model``, ``dtype``, ``environment``, ``conversations``, ``tokens``;
-            ``findings``: property, worst, bound (floats or None), verdict ("pass", "fail" or
-            "note"), detail; ``layers``: name, ours, hf, bound; ``positions``: conversation, errors
-            (one per position), bound.
+        result: ``model`` (a folder, of which the last part is shown), ``dtype``,
+            ``environment``, ``conversations``, ``tokens``; ``findings``: property, worst, bound
+            (floats or None), verdict ("pass", "fail" or "note"), detail; ``layers``: name, ours,
+            hf, bound; ``positions``: conversation, errors (a list, one per position), bound.
 
     Raises:
         KeyError: an unknown verdict, or something is left out.
     """
-    title = f"varlen_sft check: {result['model']}, {result['dtype']}"
+    name = Path(result["model"]).name or result["model"]
+    title = f"varlen_sft check: {name}, {result['dtype']}"
     body = [
         tag("h1", title),
         _verdict(result["findings"]),
@@ -118,7 +119,9 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> list[Html]:
     ]
     names = [layer["name"] for layer in layers]
     x = range(len(layers))
-    chart = line_chart("Error after each layer", x, lines, x_label="layer", log=True, names=names)
+    chart = line_chart(
+        "Relative L2 error after each layer", x, lines, x_label="layer", log=True, names=names
+    )
     rows = [
         [number, layer["name"], *(f"{layer[key]:.2e}" for key in ("ours", "hf", "bound"))]
         for number, layer in enumerate(layers)
@@ -159,16 +162,13 @@ def _strip(row: Mapping[str, Any], width: int, longest: int) -> list[Html]:
     value = _worst(errors) if errors else 0.0
     share = _share(value, bound)
     holds = share <= 1
-    strip = tag(
-        "svg",
-        *cells,
-        viewBox=f"0 0 {max(1, len(cells))} 1",
-        preserveAspectRatio="none",
-        class_="strip",
-        style=f"width:{len(cells) * width / (-(-longest // width) * width):.2%}",
-        data_conversation=row["conversation"],
-        data_share=share,
-    )
+    size = {
+        "viewBox": f"0 0 {max(1, len(cells))} 1",
+        "preserveAspectRatio": "none",
+        "style": f"width:{len(cells) / -(-longest // width):.2%}",
+    }
+    data = {"data_conversation": row["conversation"], "data_share": share}
+    strip = tag("svg", *cells, class_="strip", **size, **data)
     text = f"{share:.2g} of bound" if holds else f"\u2717 {share:.2g} at {errors.index(value)}"
     worst = tag("span", text, class_=None if holds else "bad")
     return [tag("span", row["conversation"]), strip, worst]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from varlen_sft.data.batch import collate
 from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.formats import (
     Conversation,
@@ -32,6 +33,7 @@ from varlen_sft.tools.demo_data import answer, hold_out, write_demo_data
 from varlen_sft.tools.demo_generate import generate
 from varlen_sft.tools.demo_model import smollm2_folder
 from varlen_sft.tools.padded_vs_packed import compare
+from varlen_sft.tools.report import picture_pack, write_report
 from varlen_sft.tools.step_bench import DTYPES, environment
 from varlen_sft.tools.step_candidates import Load
 from varlen_sft.train.loop import StepRecord, TrainOptions, endless_packs, evaluate, train
@@ -116,6 +118,9 @@ def run(options: DemoOptions, console: Console) -> dict[str, Any]:
         "after": {"validation_loss": after, "answers": said_after},
     }
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    pack = next(endless_packs(data.train, options.max_tokens, options.seed))
+    picture = picture_pack(pack, collate(pack), ChatTokenizer.from_folder(folder))
+    write_report(options.out / "report.html", summary, picture, data.prompts)
     show.files(console, options.out, data.train_file)
     return summary
 

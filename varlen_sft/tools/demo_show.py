@@ -143,6 +143,7 @@ def files(console: Console, out: Path, train_file: Path) -> None:
     heading(console, "Files")
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for path, what in (
+        (out / "report.html", "curves, the table above, and a pack drawn token by token"),
         (out / "checkpoint", "AutoModelForCausalLM.from_pretrained opens it"),
         (out / "log.jsonl", "one line per step"),
         (out / "summary.json", "everything shown above"),

@@ -198,17 +198,10 @@ def line_chart(
     across = _linear(x, whole=True)
     up = _logarithmic(values) if log else _linear(values, from_zero)
     names = names or [f"{x_label} {value:g}" for value in x]
-    drawn = [_line(line, x, names, across, up) for line in series]
-    image = tag(
-        "svg",
-        *_grid(across, up, x_label),
-        *drawn,
-        *_legend(series),
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        class_="chart",
-        role="img",
-        aria_label=caption,
-    )
+    lines = [_line(line, x, names, across, up) for line in series]
+    drawn = [*_grid(across, up, x_label), *lines, *_legend(series)]
+    size = {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "class_": "chart"}
+    image = tag("svg", *drawn, **size, role="img", aria_label=caption)
     return tag("figure", tag("figcaption", caption), image)
 
 

@@ -51,7 +51,7 @@ def write_report(
         ValueError: prompts and answers differ in number.
     """
     options, environment = summary["options"], summary["environment"]
-    model = DEFAULT_MODEL if options["model"] == "None" else Path(options["model"]).name
+    model = DEFAULT_MODEL if options["model"] == "None" else Path(options["model"]).name or "."
     title = f"varlen_sft: {model} fine-tuned without padding"
     made = f"{environment['date']} \u00b7 {environment['cpu']} \u00b7 {options['dtype']}"
     body = [
