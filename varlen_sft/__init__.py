@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "IGNORE_INDEX": "varlen_sft.reference",
+    "IGNORE_INDEX": "varlen_sft.types",
     "LlamaForSFT": "varlen_sft.models.llama",
-    "LossOptions": "varlen_sft.reference",
-    "LossOutput": "varlen_sft.reference",
+    "LossOptions": "varlen_sft.types",
+    "LossOutput": "varlen_sft.types",
     "PackedBatch": "varlen_sft.data.batch",
     "RotaryEmbedding": "varlen_sft.modules",
     "Sample": "varlen_sft.data.sample",
-    "Sequences": "varlen_sft.reference",
+    "Sequences": "varlen_sft.types",
     "VarlenAttention": "varlen_sft.modules",
     "apply_rope": "varlen_sft.ops.rope",
     "apply_rope_": "varlen_sft.ops.rope",
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         sequences_from_lengths,
         sequences_from_position_ids,
     )
-    from varlen_sft.reference import IGNORE_INDEX, LossOptions, LossOutput, Sequences
+    from varlen_sft.types import IGNORE_INDEX, LossOptions, LossOutput, Sequences
 
 
 def __getattr__(name: str) -> Any:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from varlen_sft.ops.attention import varlen_attention
 from varlen_sft.ops.rope import apply_rope, rope_table
-from varlen_sft.reference import Numerics, Sequences
 from varlen_sft.rope_frequencies import (
     inverse_frequencies,
     needs_long_frequencies,
     resolve_rope_parameters,
 )
+from varlen_sft.types import Numerics, Sequences
 
 
 class Rotation(NamedTuple):

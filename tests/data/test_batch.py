@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.helpers import random_samples
 from varlen_sft.data.batch import PackedBatch, collate, shift
 from varlen_sft.data.sample import Sample
-from varlen_sft.reference import IGNORE_INDEX
+from varlen_sft.types import IGNORE_INDEX
 
 
 def sample(ids, weights) -> Sample:

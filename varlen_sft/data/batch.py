@@ -13,7 +13,8 @@ from torch import Tensor
 from varlen_sft.data.sample import Sample
 from varlen_sft.ops.cross_entropy_rows import supervised_rows
 from varlen_sft.ops.sequences import sequences_from_lengths
-from varlen_sft.reference import IGNORE_INDEX, Sequences, position_ids_from_lengths
+from varlen_sft.reference import position_ids_from_lengths
+from varlen_sft.types import IGNORE_INDEX, Sequences
 
 __all__ = ["PackedBatch", "collate", "shift"]
 

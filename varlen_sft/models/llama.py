@@ -16,7 +16,7 @@ from varlen_sft.models.config import LlamaConfig
 from varlen_sft.modules import RotaryEmbedding, Rotation, VarlenAttention
 from varlen_sft.ops.cross_entropy import LossOptions, LossOutput, linear_cross_entropy
 from varlen_sft.ops.elementwise import rms_norm, silu_mul
-from varlen_sft.reference import Numerics, Sequences
+from varlen_sft.types import Numerics, Sequences
 
 __all__ = ["LlamaForSFT"]
 

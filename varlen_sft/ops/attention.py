@@ -14,7 +14,7 @@ from varlen_sft.ops.checks import (
     require_same_device,
     require_shape,
 )
-from varlen_sft.reference import Sequences
+from varlen_sft.types import Sequences
 
 __all__ = ["varlen_attention"]
 

@@ -9,13 +9,8 @@ from varlen_sft.ops.backends import resolve
 from varlen_sft.ops.checks import FLOATS, require_dtype, require_same_device, require_shape
 from varlen_sft.ops.cross_entropy_chunks import Head
 from varlen_sft.ops.cross_entropy_rows import score_rows, supervised_rows
-from varlen_sft.reference import (
-    LossOptions,
-    LossOutput,
-    Sequences,
-    accumulation_dtype,
-    shifted_targets,
-)
+from varlen_sft.reference import shifted_targets
+from varlen_sft.types import LossOptions, LossOutput, Sequences, accumulation_dtype
 
 __all__ = [
     "LossOptions",

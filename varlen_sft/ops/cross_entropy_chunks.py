@@ -11,7 +11,7 @@ from varlen_sft.ops.cross_entropy_rows import (
     score_rows,
     supervised_rows,
 )
-from varlen_sft.reference import IGNORE_INDEX, accumulation_dtype
+from varlen_sft.types import IGNORE_INDEX, accumulation_dtype
 
 
 class Head:

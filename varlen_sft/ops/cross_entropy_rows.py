@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from varlen_sft.reference import IGNORE_INDEX, LossOptions, accumulation_dtype, masked_cross_entropy
+from varlen_sft.reference import masked_cross_entropy
+from varlen_sft.types import IGNORE_INDEX, LossOptions, accumulation_dtype
 
 ROW_MULTIPLE = 128
 """Row counts are padded to it and chunks are multiples of it: few shapes, full tiles."""

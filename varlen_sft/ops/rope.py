@@ -17,7 +17,7 @@ from varlen_sft.ops.checks import (
     require_same_device,
     require_shape,
 )
-from varlen_sft.reference import Numerics
+from varlen_sft.types import Numerics
 
 __all__ = ["apply_rope", "apply_rope_", "rope_table"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from varlen_sft import reference
 from varlen_sft.ops.backends import resolve
 from varlen_sft.ops.checks import INTEGERS, require_dtype, require_shape
-from varlen_sft.reference import Sequences
+from varlen_sft.types import Sequences
 
 __all__ = [
     "Sequences",

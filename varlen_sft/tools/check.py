@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -129,7 +130,7 @@ def check(
     dtype = DTYPES[options.dtype]
     bar(0.0, "loading transformers' model")
     low = numbers.hf_model(options.model, dtype)
-    high = numbers.hf_model(options.model, numbers.HIGHER[dtype])
+    high = copy.deepcopy(low).to(numbers.HIGHER[dtype])  # the same weights, not another reading
     findings = [check_weights(subject, low), check_rope(subject, low)]
     findings += check_pack(subject, material.samples)
     measured = numbers.Numbers(dtype)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from varlen_sft.data.batch import PackedBatch, collate
 from varlen_sft.models.llama import LlamaForSFT
-from varlen_sft.reference import LossOutput
 from varlen_sft.train.loop import mean_loss
+from varlen_sft.types import LossOutput
 
 Verdict = Literal["pass", "fail", "note"]
 

@@ -212,6 +212,6 @@ def _op_outputs(model: LlamaForSFT) -> dict[str, torch.nn.Module]:
     parts: dict[str, torch.nn.Module] = {"embedding": model.embed_tokens}
     for i, layer in enumerate(model.layers):
         for name in ("input_layernorm", "self_attn.qkv_proj", "self_attn",
-                     "post_attention_layernorm", "mlp.gate_up_proj", "mlp"):  # fmt: skip
+                     "post_attention_layernorm", "mlp.gate_up_proj", "mlp.down_proj"):  # fmt: skip
             parts[f"layer {i} {name}"] = layer.get_submodule(name)
     return {**parts, "norm": model.norm}

@@ -12,8 +12,8 @@ from torch import Tensor
 from varlen_sft.data.batch import PackedBatch
 from varlen_sft.data.sample import Sample
 from varlen_sft.models.checkpoint import hf_parts
-from varlen_sft.reference import IGNORE_INDEX
 from varlen_sft.tools.check_finding import Finding, Subject
+from varlen_sft.types import IGNORE_INDEX
 
 __all__ = ["check_pack", "check_rope", "check_weights"]
 

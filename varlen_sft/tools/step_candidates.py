@@ -22,7 +22,8 @@ from varlen_sft.data.load import tokenize_file
 from varlen_sft.data.sample import ROLES, Sample
 from varlen_sft.models.config import LlamaConfig
 from varlen_sft.models.llama import LlamaForSFT
-from varlen_sft.reference import IGNORE_INDEX, position_ids_from_lengths
+from varlen_sft.reference import position_ids_from_lengths
+from varlen_sft.types import IGNORE_INDEX
 
 __all__ = ["CANDIDATES", "Candidate", "Floor", "HFPacked", "HFPadded", "Load", "Ours"]
 __all__ += ["chat_like_lengths", "chat_like_samples", "load_hf", "step_products"]

@@ -16,8 +16,8 @@ from varlen_sft.data.packing import plan_packs
 from varlen_sft.data.sample import Sample
 from varlen_sft.errors import RunError
 from varlen_sft.models.llama import LlamaForSFT
-from varlen_sft.reference import LossOutput
 from varlen_sft.train.optimizer import MasterAdamW, cosine_with_warmup
+from varlen_sft.types import LossOutput
 
 __all__ = ["NotFinite", "StepRecord", "TrainOptions", "endless_packs", "evaluate", "mean_loss"]
 __all__ += ["train"]
