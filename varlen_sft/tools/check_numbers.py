@@ -157,7 +157,8 @@ def forward_findings(numbers: Numbers) -> list[Finding]:
     )
     ties = [d for d in numbers.disagreements if d[2] < 2 * numbers.tolerance]
     wrong = [d for d in numbers.disagreements if d[2] >= 2 * numbers.tolerance]
-    allowed = max(NEAR_TIES, 2 * numbers.hf_disagreements / numbers.positions * _is_low(numbers))
+    # HF disagrees with the truth in p of the positions, we may in 2 p: with each other, in 3 p.
+    allowed = max(NEAR_TIES, 3 * numbers.hf_disagreements / numbers.positions * _is_low(numbers))
     share = len(ties) / numbers.positions
     name = "the most likely next token is that of HF alone"
     if wrong:
@@ -172,7 +173,7 @@ def forward_findings(numbers: Numbers) -> list[Finding]:
 
 
 def _is_low(numbers: Numbers) -> bool:
-    """Below fp32 HF itself disagrees with its fp32 run: twice that share is allowed to us."""
+    """Below fp32 HF itself disagrees with the higher precision in more than a near tie or two."""
     return numbers.dtype != torch.float32
 
 
