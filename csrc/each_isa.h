@@ -1,8 +1,9 @@
 // Compiles the kernels in VARLEN_KERNELS once per instruction set, each into a namespace of its
 // own, so that one portable binary runs AVX-512 or AVX2 code where the CPU has it. `#pragma GCC
 // target` is used and not target_clones because GCC splits vector types into baseline pieces before
-// it makes the clones. A kernel file includes no other header: a standard inline function compiled
-// under the pragma could be the copy that the linker keeps for everybody.
+// it makes the clones. A kernel file includes no standard header: an inline function compiled under the
+// pragma could be the copy that the linker keeps for everybody. With VARLEN_WITH_AMX the kernels
+// are compiled a fourth time, for bf16 matrix tiles.
 #if !defined(VARLEN_KERNELS)
 #error "define VARLEN_KERNELS as the kernel header before including each_isa.h"
 #endif
@@ -22,6 +23,8 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define VARLEN_X86 1
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #define VEC_FN static inline __attribute__((always_inline))
@@ -41,6 +44,21 @@
 #undef VARLEN_ISA
 #undef VARLEN_VECTOR_BYTES
 #pragma GCC pop_options
+
+#if defined(VARLEN_WITH_AMX)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+#pragma GCC target("amx-tile,amx-bf16")
+#define VARLEN_ISA amx
+#define VARLEN_AMX 1
+#define VARLEN_VECTOR_BYTES 64
+#include "vec_math.h"
+#include VARLEN_KERNELS
+#undef VARLEN_ISA
+#undef VARLEN_AMX
+#undef VARLEN_VECTOR_BYTES
+#pragma GCC pop_options
+#endif
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -86,6 +104,23 @@ inline Isa current_isa() {
   static const Isa isa = detect_isa();
   return isa;
 }
+
+#if defined(VARLEN_WITH_AMX) && defined(VARLEN_X86)
+// Linux keeps the tile registers from a process until it asks for them.
+inline bool ask_for_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+// Any cap of ATEN_CPU_CAPABILITY but "amx" leaves the tiles out.
+inline bool has_tiles() {
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string cap = variable ? variable : "amx";
+  static const bool has = current_isa() == Isa::avx512 && cap == "amx" &&
+                          __builtin_cpu_supports("avx512bf16") &&
+                          __builtin_cpu_supports("amx-bf16") && ask_for_tiles();
+  return has;
+}
+#endif
 
 }  // namespace
 }  // namespace varlen_sft

@@ -148,6 +148,8 @@ VEC_FN VecF fma(VecF a, VecF b, VecF c) {
 #endif
 }
 
+VEC_FN VecD fma(VecD a, VecD b, VecD c) { return a * b + c; }
+
 // The greater of a and b; a NaN in b stays, a NaN in a is dropped (what x86 max does).
 VEC_FN VecF max_keep(VecF a, VecF b) {
 #if VARLEN_VECTOR_BYTES == 64

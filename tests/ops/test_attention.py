@@ -10,7 +10,7 @@ from varlen_sft import reference
 from varlen_sft.ops.attention import varlen_attention
 from varlen_sft.ops.sequences import sequences_from_lengths
 
-IMPLS = ["sdpa", "reference"]
+IMPLS = ["cpp", "sdpa", "reference"]
 LENGTHS = st.lists(st.sampled_from([1, 2, 3, 7, 8, 9, 31, 33]), min_size=1, max_size=6)
 
 
@@ -144,9 +144,74 @@ def test_errors_name_the_argument_and_what_came():
         varlen_attention(q, k, v, sequences, k_sequences=sequences_from_lengths([3, 3]))
 
 
+LONGER = st.lists(st.sampled_from([1, 15, 16, 17, 32, 65, 257, 300]), min_size=1, max_size=3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    LONGER,
+    st.lists(st.integers(-20, 40), min_size=3, max_size=3),
+    st.sampled_from([8, 16, 24, 64, 80]),
+    st.sampled_from([None, 1, 5, 40, 280]),
+    st.sampled_from([None, 2.0]),
+    st.sampled_from(FLOATS),
+)
+def test_the_cpu_kernel_over_its_blocks(lengths, more, head_dim, window, softcap, dtype):
+    """Blocks of 8 to 32 queries, strips of 256 keys, more and fewer keys than queries."""
+    k_lengths = [max(1, n + m) for n, m in zip(lengths, more, strict=False)]
+    tensors = make(sum(lengths), sum(k_lengths), 3, 1, head_dim, dtype)
+    sequences = sequences_from_lengths(lengths)
+    options = {
+        "k_sequences": sequences_from_lengths(k_lengths),
+        "window_size": window,
+        "softcap": softcap,
+    }
+    actual = run(varlen_attention, tensors, sequences, impl="cpp", **options)
+    low = run(reference.varlen_attention, tensors, sequences, **options)
+    high = run(reference.varlen_attention, [x.double() for x in tensors], sequences, **options)
+    for part in (slice(0, 1), slice(1, None)):
+        joined = (torch.cat([x.flatten() for x in xs[part]]) for xs in (actual, low, high))
+        assert_within_reference_error(*joined)
+
+
+def test_the_cpu_kernel_does_not_depend_on_neighbours_threads_or_memory():
+    lengths = [70, 3, 300]
+    tensors = make(373, 373, dtype=torch.bfloat16)
+    sequences = sequences_from_lengths(lengths)
+    packed = run(varlen_attention, tensors, sequences, impl="cpp")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        again = run(varlen_attention, tensors, sequences, impl="cpp")
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(packed, again, strict=True))
+    alone = varlen_attention(*(x[73:] for x in tensors), sequences_from_lengths([300]), impl="cpp")
+    assert torch.equal(packed[0][73:], alone)
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    q, k, v = make(40, 40, dtype=torch.float32)
+    out = varlen_attention(q * 1e4, k * 1e4, v, sequences_from_lengths([40]), impl="cpp")
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, dim=1))
+    seen = scores.masked_fill(~reference.attention_mask(40, 40), -torch.inf)
+    expected = v.repeat_interleave(2, dim=1)[seen.argmax(-1), torch.arange(4)[:, None]]
+    torch.testing.assert_close(out, expected.transpose(0, 1))
+
+
+def test_the_cpu_kernel_refuses_edges_that_do_not_rise():
+    q, k, v = make(6, 6)
+    sequences = sequences_from_lengths([6])
+    bad = sequences._replace(cu_seqlens=torch.tensor([0, 4, 2, 6], dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="cu_seqlens must rise from 0 to at most 6, got 2"):
+        varlen_attention(q, k, v, bad, impl="cpp")
+
+
 def test_op_registration_and_compilation():
     q, k, v = (x.requires_grad_() for x in make(7, 7))
     sequences = sequences_from_lengths([5, 2])
+    edges = sequences.cu_seqlens
+    torch.library.opcheck(torch.ops.varlen_sft.attention_cpu, (q, k, v, edges, edges, 0.25, 3, 2.0))
     torch.library.opcheck(torch.ops.varlen_sft.sdpa_cpu, (q, k, v, sequences.cu_seqlens, 0.25))
     compiled = torch.compile(varlen_attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v, sequences), varlen_attention(q, k, v, sequences))

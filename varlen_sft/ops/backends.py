@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import NamedTuple
 
 import torch
@@ -17,16 +19,30 @@ class Backend(NamedTuple):
     missing: str = ""  # why it cannot run here, if it cannot
 
 
+def _unless_installed(package: str, name: str) -> str:
+    """Why a package's implementation cannot run; "" when it can. Imports nothing heavy."""
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # a parent package is missing
+        found = False
+    return "" if found else f"{name} is not installed"
+
+
 # Found out once, here: torch.compile then sees constants, and an op asks nothing per call.
 CPP = Backend("cpp", ("cpu",), "" if _extension.load() else _extension.status())
 REFERENCE = Backend("reference", ("cpu", "cuda"))
 SDPA = Backend("sdpa", ("cpu", "cuda"))
+# Triton's interpreter runs the kernels on the CPU, slowly: never picked there, only asked for.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+TRITON = Backend(
+    "triton", ("cuda", "cpu") if INTERPRETED else ("cuda",), _unless_installed("triton", "triton")
+)
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "sequences": (REFERENCE,),
-    "rope": (CPP, REFERENCE),
-    "attention": (SDPA, REFERENCE),
-    "cross_entropy": (CPP, REFERENCE),
+    "rope": (CPP, TRITON, REFERENCE),
+    "attention": (CPP, SDPA, REFERENCE),
+    "cross_entropy": (CPP, TRITON, REFERENCE),
     "elementwise": (CPP, REFERENCE),
 }
 """Implementations of each op, the preferred one first."""
