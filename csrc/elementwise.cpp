@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <vector>
 
 namespace varlen_sft {
@@ -21,7 +22,10 @@ struct RmsNormArgs {
   void* rstd_out;  // (T,), forward only
   const void* rstd;  // (T,), backward only
   void* partial;   // (blocks, C), backward only
-  int64_t rows, channels, x_stride, dy_stride, out_stride;
+  const void* residual;  // added to x before the norm, or null
+  void* sum_out;         // (T, C) contiguous: x + residual, where there is a residual
+  const void* dsum;      // gradient of that sum, or null; backward only
+  int64_t rows, channels, x_stride, dy_stride, out_stride, residual_stride, dsum_stride;
   double eps;
 };
 
@@ -74,13 +78,23 @@ RmsNormArgs norm_args(const Tensor& out, const Tensor& x, const Tensor& weight) 
 }
 
 void rms_norm_forward(const Tensor& out, const Tensor& rstd, const Tensor& x, const Tensor& weight,
-                      double eps) {
+                      double eps, const std::optional<Tensor>& residual,
+                      const std::optional<Tensor>& sum) {
   check_norm(x, weight, rstd);
   check_rows(out, "out", "(T, C)", x.size(0), x.size(1), x.scalar_type());
   check_rows_apart(out, "out");
   RmsNormArgs args = norm_args(out, x, weight);
   args.rstd_out = data<void>(rstd);
   args.eps = eps;
+  VARLEN_CHECK(residual.has_value() == sum.has_value(), "sum must be given with residual");
+  if (residual) {
+    check_rows(*residual, "residual", "(T, C)", x.size(0), x.size(1), x.scalar_type());
+    check_rows(*sum, "sum", "(T, C)", x.size(0), x.size(1), x.scalar_type());
+    check_contiguous(*sum, "sum");
+    args.residual = data<const void>(*residual);
+    args.residual_stride = residual->stride(0);
+    args.sum_out = data<void>(*sum);
+  }
   dispatch_floating(x.scalar_type(), [&]<typename T>() {
     auto kernel = VARLEN_BEST(rms_norm_rows<T>);
     torch::stable::parallel_for(0, args.rows, kGrain / (args.channels + 1) + 1,
@@ -110,7 +124,8 @@ void run_norm_backward(RmsNormArgs args, const Tensor& dweight) {
 }
 
 void rms_norm_backward(const Tensor& dx, const Tensor& dweight, const Tensor& dy, const Tensor& x,
-                       const Tensor& weight, const Tensor& rstd) {
+                       const Tensor& weight, const Tensor& rstd,
+                       const std::optional<Tensor>& dsum) {
   check_norm(x, weight, rstd);
   check_rows(dy, "dy", "(T, C)", x.size(0), x.size(1), x.scalar_type());
   check_rows(dx, "dx", "(T, C)", x.size(0), x.size(1), x.scalar_type());
@@ -122,6 +137,11 @@ void rms_norm_backward(const Tensor& dx, const Tensor& dweight, const Tensor& dy
   args.rstd = data<const void>(rstd);
   args.dy = data<const void>(dy);
   args.dy_stride = dy.stride(0);
+  if (dsum) {
+    check_rows(*dsum, "dsum", "(T, C)", x.size(0), x.size(1), x.scalar_type());
+    args.dsum = data<const void>(*dsum);
+    args.dsum_stride = dsum->stride(0);
+  }
   dispatch_floating(x.scalar_type(), [&]<typename T>() { run_norm_backward<T>(args, dweight); });
 }
 
@@ -169,11 +189,11 @@ void silu_mul_backward(const Tensor& dgate_up, const Tensor& dout, const Tensor&
 
 STABLE_TORCH_LIBRARY_FRAGMENT(varlen_sft_c, m) {
   m.def(
-      "rms_norm_forward(Tensor(a!) out, Tensor(b!) rstd, Tensor x, Tensor weight, float eps) "
-      "-> ()");
+      "rms_norm_forward(Tensor(a!) out, Tensor(b!) rstd, Tensor x, Tensor weight, float eps, "
+      "Tensor? residual, Tensor(c!)? sum) -> ()");
   m.def(
       "rms_norm_backward(Tensor(a!) dx, Tensor(b!) dweight_f32, Tensor dy, Tensor x, "
-      "Tensor weight, Tensor rstd) -> ()");
+      "Tensor weight, Tensor rstd, Tensor? dsum) -> ()");
   m.def("silu_mul_forward(Tensor(a!) out, Tensor gate_up) -> ()");
   m.def("silu_mul_backward(Tensor(a!) dgate_up, Tensor dout, Tensor gate_up) -> ()");
 }

@@ -5,7 +5,28 @@ namespace varlen_sft {
 namespace {
 namespace VARLEN_ISA {
 
-// y = round(weight * round(x * rstd)), rstd = 1 / sqrt(mean(x^2) + eps).
+// Sum of squares of a row; with `add`, of the rounded sum of x and add, which goes to sum.
+template <typename T>
+VEC_FN double row_squares(const T* x, const T* add, T* sum, int64_t n) {
+  constexpr int64_t W = kLanes<T>;
+  DoubleSum squares;
+  for (int64_t i = 0; i < n; i += 4 * W) {
+    Vec<T> part = {};
+    for (int64_t at = i; at < i + 4 * W; at += W) {
+      Vec<T> value = load_upto(x + at, n - at);
+      if (add) {
+        value = round_to<T>(value + load_upto(add + at, n - at));
+        store_upto(sum + at, n - at, value);
+      }
+      part += value * value;
+    }
+    squares.add(part);
+  }
+  return squares.total();
+}
+
+// y = round(weight * round(x * rstd)), rstd = 1 / sqrt(mean(x^2) + eps); x is the sum with
+// `residual` where there is one.
 template <typename T>
 void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
   using C = Compute<T>;
@@ -15,16 +36,13 @@ void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
     T* out = static_cast<T*>(args.out) + row * args.out_stride;
-    DoubleSum squares;
-    for (int64_t i = 0; i < n; i += 4 * W) {
-      Vec<T> part = {};
-      for (int64_t at = i; at < i + 4 * W; at += W) {
-        const Vec<T> value = load_upto(x + at, n - at);
-        part += value * value;
-      }
-      squares.add(part);
-    }
-    const C rstd = static_cast<C>(1 / std::sqrt(squares.total() / n + args.eps));
+    const T* residual = static_cast<const T*>(args.residual);
+    T* sum = static_cast<T*>(args.sum_out) + row * n;
+    const double squares =
+        residual ? row_squares(x, residual + row * args.residual_stride, sum, n)
+                 : row_squares<T>(x, nullptr, nullptr, n);
+    if (residual) x = sum;
+    const C rstd = static_cast<C>(1 / std::sqrt(squares / n + args.eps));
     static_cast<C*>(args.rstd_out)[row] = rstd;
     for (int64_t i = 0; i < n; i += W) {
       const Vec<T> normed = round_to<T>(load_upto(x + i, n - i) * rstd);
@@ -33,7 +51,7 @@ void rms_norm_rows(const RmsNormArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// dx = rstd * (g - x * rstd^2 * mean(g * x)) with g = dy * weight.
+// dx = rstd * (g - x * rstd^2 * mean(g * x)) with g = dy * weight, plus dsum where there is one.
 template <typename T>
 VEC_FN void norm_dx_row(const RmsNormArgs& args, int64_t row, Compute<T> rstd) {
   using C = Compute<T>;
@@ -43,6 +61,8 @@ VEC_FN void norm_dx_row(const RmsNormArgs& args, int64_t row, Compute<T> rstd) {
   const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
   const T* weight = static_cast<const T*>(args.weight);
   T* dx = static_cast<T*>(args.out) + row * args.out_stride;
+  const T* dsum = static_cast<const T*>(args.dsum);
+  if (dsum) dsum += row * args.dsum_stride;
   DoubleSum dot;
   for (int64_t i = 0; i < n; i += 4 * W) {
     Vec<T> part = {};
@@ -54,7 +74,9 @@ VEC_FN void norm_dx_row(const RmsNormArgs& args, int64_t row, Compute<T> rstd) {
   const C pull = static_cast<C>(dot.total() / n * rstd * rstd);
   for (int64_t i = 0; i < n; i += W) {
     const Vec<T> g = load_upto(dy + i, n - i) * load_upto(weight + i, n - i);
-    store_upto(dx + i, n - i, (g - load_upto(x + i, n - i) * pull) * rstd);
+    Vec<T> grad = (g - load_upto(x + i, n - i) * pull) * rstd;
+    if (dsum) grad += load_upto(dsum + i, n - i);
+    store_upto(dx + i, n - i, grad);
   }
 }
 

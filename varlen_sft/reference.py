@@ -182,9 +182,10 @@ def shifted_targets(
     Returns:
         labels (T,) and token_weights (T,) or None, aligned with the rows that predict them.
     """
-    ends = sequences.cu_seqlens[1:].long() - 1
-    labels = labels.roll(-1)
-    labels[ends[ends >= 0]] = IGNORE_INDEX
+    is_edge = torch.zeros(len(labels) + 1, dtype=torch.bool, device=labels.device)
+    is_edge.index_fill_(0, sequences.cu_seqlens.long(), True)
+    is_edge[-1] = True  # whatever cu_seqlens says, nothing follows the last row
+    labels = labels.roll(-1).masked_fill(is_edge[1:], IGNORE_INDEX)
     return labels, None if token_weights is None else token_weights.roll(-1)
 
 
@@ -258,6 +259,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x_wide = x.to(accumulation_dtype(x.dtype))
     scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
     return weight * (x_wide * scale).to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual, and that sum: (T, C) both."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers import FLOATS, assert_within_reference_error
 from varlen_sft import _extension, reference
-from varlen_sft.ops.elementwise import rms_norm, silu_mul
+from varlen_sft.ops.elementwise import add_rms_norm, rms_norm, silu_mul
 
 needs_extension = pytest.mark.skipif(not _extension.load(), reason=_extension.status())
 SIZES = [(1, 5), (3, 17), (130, 576)]
@@ -35,6 +35,26 @@ def test_rms_norm(size, dtype):
     x = torch.randn(size, generator=generator).to(dtype)
     weight = torch.randn(size[1], generator=generator).to(dtype)
     compare(rms_norm, reference.rms_norm, (x, weight), eps=1e-5)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("size", SIZES)
+def test_add_rms_norm(size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.randn(size[1], generator=generator).to(dtype)
+
+    def joined(spec):  # both outputs, so that both gradients flow
+        return lambda *tensors, **kwargs: torch.cat(spec(*tensors, **kwargs))
+
+    tensors = (x, residual, weight)
+    compare(joined(add_rms_norm), joined(reference.add_rms_norm), tensors, eps=1e-5)
+    assert torch.equal(add_rms_norm(*tensors, 1e-5, impl="cpp")[1], x + residual)
+    alone = run(lambda *t: add_rms_norm(*t, 1e-5, impl="cpp")[0], *tensors)
+    of_sum = run(lambda *t: rms_norm(*t, 1e-5, impl="cpp"), x + residual, weight)
+    assert torch.equal(alone[0], of_sum[0]) and torch.equal(alone[1], of_sum[1])
+    assert torch.equal(alone[1], alone[2])
 
 
 @needs_extension
@@ -72,10 +92,14 @@ def test_errors_name_the_argument_and_what_came():
         rms_norm(torch.zeros(2, 3), torch.zeros(3).double(), 1e-5)
     with pytest.raises(ValueError, match=r"weight must have shape \(C=3\), got \(4,\)"):
         rms_norm(torch.zeros(2, 3), torch.zeros(4), 1e-5)
+    with pytest.raises(ValueError, match=r"residual must have shape \(T=2, C=3\), got \(1, 3\)"):
+        add_rms_norm(torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(3), 1e-5)
 
 
 @needs_extension
 def test_op_registration():
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
     torch.library.opcheck(torch.ops.varlen_sft.rms_norm_cpu, (x, weight, 1e-5))
+    residual = torch.randn(3, 8, requires_grad=True)
+    torch.library.opcheck(torch.ops.varlen_sft.add_rms_norm_cpu, (x, residual, weight, 1e-5))
     torch.library.opcheck(torch.ops.varlen_sft.silu_mul_cpu, (x,))

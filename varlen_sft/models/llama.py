@@ -7,6 +7,7 @@ size, H query heads, K kv heads, D head_dim, V vocabulary, S supervised rows.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from varlen_sft.data.batch import PackedBatch
 from varlen_sft.models.config import LlamaConfig
 from varlen_sft.modules import RotaryEmbedding, Rotation, VarlenAttention
 from varlen_sft.ops.cross_entropy import LossOptions, LossOutput, linear_cross_entropy
-from varlen_sft.ops.elementwise import rms_norm, silu_mul
+from varlen_sft.ops.elementwise import add_rms_norm, rms_norm, silu_mul
 from varlen_sft.types import Numerics, Sequences
 
 __all__ = ["LlamaForSFT"]
@@ -92,14 +93,24 @@ class LlamaForSFT(nn.Module):
     ) -> Tensor:
         """(T, C) after the last norm: what the head reads."""
         rotation = self.rotary(position_ids, sequences)
-        hidden = self.embed_tokens(input_ids)
+        residual = Residual(self.embed_tokens(input_ids))
         for layer in self.layers:
-            hidden = layer(hidden, rotation, sequences)
-        return self.norm(hidden)
+            residual = layer(residual, rotation, sequences)
+        return self.norm(residual)[0]
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, sequences: Sequences) -> Tensor:
         """(T, V): every row through the head. For inspection; training never makes it."""
         return self.lm_head(self.hidden_states(input_ids, position_ids, sequences))
+
+
+class Residual(NamedTuple):
+    """The residual stream (T, C), and an update that the next norm adds to it as it reads."""
+
+    stream: Tensor
+    update: Tensor | None = None
+
+    def value(self) -> Tensor:
+        return self.stream if self.update is None else self.stream + self.update
 
 
 class Block(nn.Module):
@@ -115,9 +126,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, sequences: Sequences) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, sequences)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def forward(self, residual: Residual, rotation: Rotation, sequences: Sequences) -> Residual:
+        normed, stream = self.input_layernorm(residual)
+        update = self.self_attn(normed, rotation, sequences)
+        normed, stream = self.post_attention_layernorm(Residual(stream, update))
+        return Residual(stream, self.mlp(normed))
 
 
 class SwiGLU(nn.Module):
@@ -133,12 +146,15 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """weight * x / rms(x), see ``rms_norm``."""
+    """The norm of the residual stream, weight * x / rms(x), and the stream itself."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return rms_norm(hidden, self.weight, self.eps)
+    def forward(self, residual: Residual) -> tuple[Tensor, Tensor]:
+        stream, update = residual
+        if update is None:
+            return rms_norm(stream, self.weight, self.eps), stream
+        return add_rms_norm(update, stream, self.weight, self.eps)

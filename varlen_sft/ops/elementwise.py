@@ -12,7 +12,7 @@ from varlen_sft import reference
 from varlen_sft.ops.backends import resolve
 from varlen_sft.ops.checks import FLOATS, require_dtype, require_last_axis_contiguous, require_shape
 
-__all__ = ["rms_norm", "silu_mul"]
+__all__ = ["add_rms_norm", "rms_norm", "silu_mul"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) -> Tensor:
@@ -30,14 +30,43 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) 
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit.
     """
-    require_dtype("x", x, FLOATS)
-    require_shape("x", x, "T C", None, None)
-    require_dtype("weight", weight, (x.dtype,))
-    require_shape("weight", weight, "C", x.shape[1])
+    _check_norm(x, weight)
     if resolve("elementwise", impl, x.device) == "reference":
         return reference.rms_norm(x, weight, eps)
     require_last_axis_contiguous("x", x)
     return torch.ops.varlen_sft.rms_norm_cpu(x, weight, eps)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """``rms_norm`` of x + residual, and that sum, in one pass over memory each way.
+
+    Args:
+        x, residual: (T, C) fp64, fp32, bf16 or fp16. The sum is rounded to that dtype, then normed.
+        weight, eps, impl: as in ``rms_norm``.
+
+    Returns:
+        The norm and the sum, (T, C) both.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes that do not fit.
+    """
+    _check_norm(x, weight)
+    require_dtype("residual", residual, (x.dtype,))
+    require_shape("residual", residual, "T C", *x.shape)
+    if resolve("elementwise", impl, x.device) == "reference":
+        return reference.add_rms_norm(x, residual, weight, eps)
+    require_last_axis_contiguous("x", x)
+    require_last_axis_contiguous("residual", residual)
+    return torch.ops.varlen_sft.add_rms_norm_cpu(x, residual, weight, eps)[:2]
+
+
+def _check_norm(x: Tensor, weight: Tensor) -> None:
+    require_dtype("x", x, FLOATS)
+    require_shape("x", x, "T C", None, None)
+    require_dtype("weight", weight, (x.dtype,))
+    require_shape("weight", weight, "C", x.shape[1])
 
 
 def silu_mul(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
@@ -74,7 +103,7 @@ def _dense(grad: Tensor) -> Tensor:
 @torch.library.custom_op("varlen_sft::rms_norm_cpu", mutates_args=(), device_types="cpu")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out, rstd = x.new_empty(x.shape), _wide(x, x.shape[0])
-    torch.ops.varlen_sft_c.rms_norm_forward(out, rstd, x, weight, eps)
+    torch.ops.varlen_sft_c.rms_norm_forward(out, rstd, x, weight, eps, None, None)
     return out, rstd
 
 
@@ -83,17 +112,32 @@ def _(x, weight, eps):
     return x.new_empty(x.shape), _wide(x, x.shape[0])
 
 
+@torch.library.custom_op("varlen_sft::add_rms_norm_cpu", mutates_args=(), device_types="cpu")
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, total, rstd = x.new_empty(x.shape), x.new_empty(x.shape), _wide(x, x.shape[0])
+    torch.ops.varlen_sft_c.rms_norm_forward(out, rstd, x, weight, eps, residual, total)
+    return out, total, rstd
+
+
+@_add_rms_norm.register_fake
+def _(x, residual, weight, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape), _wide(x, x.shape[0])
+
+
 @torch.library.custom_op("varlen_sft::rms_norm_cpu_backward", mutates_args=(), device_types="cpu")
 def _rms_norm_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
+    dout: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """dx, to which dsum is added where it is given, and dweight."""
     dx, dweight = x.new_empty(x.shape), _wide(x, x.shape[1])
-    torch.ops.varlen_sft_c.rms_norm_backward(dx, dweight, dout, x, weight, rstd)
+    torch.ops.varlen_sft_c.rms_norm_backward(dx, dweight, dout, x, weight, rstd, dsum)
     return dx, dweight.to(weight.dtype, copy=True)
 
 
 @_rms_norm_backward.register_fake
-def _(dout, x, weight, rstd):
+def _(dout, x, weight, rstd, dsum):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
@@ -105,11 +149,27 @@ def _norm_setup(ctx, inputs, output) -> None:
 
 def _norm_backward(ctx, dout: Tensor, _):
     x, weight, rstd = ctx.saved_tensors
-    dx, dweight = torch.ops.varlen_sft.rms_norm_cpu_backward(_dense(dout), x, weight, rstd)
+    dx, dweight = torch.ops.varlen_sft.rms_norm_cpu_backward(_dense(dout), x, weight, rstd, None)
     return dx, dweight, None
 
 
 _rms_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
+
+
+def _add_norm_setup(ctx, inputs, output) -> None:
+    _, total, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(total, inputs[2], rstd)
+
+
+def _add_norm_backward(ctx, dout: Tensor, dtotal: Tensor, _):
+    dx, dweight = torch.ops.varlen_sft.rms_norm_cpu_backward(
+        _dense(dout), *ctx.saved_tensors, _dense(dtotal)
+    )
+    return dx, dx, dweight, None
+
+
+_add_rms_norm.register_autograd(_add_norm_backward, setup_context=_add_norm_setup)
 
 
 @torch.library.custom_op("varlen_sft::silu_mul_cpu", mutates_args=(), device_types="cpu")

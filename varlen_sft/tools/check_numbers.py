@@ -18,6 +18,7 @@ from torch import Tensor
 
 from varlen_sft.data.batch import PackedBatch
 from varlen_sft.data.sample import Sample
+from varlen_sft.models.llama import Residual
 from varlen_sft.tools.check_finding import Finding, Subject
 
 __all__ = ["HIGHER", "Numbers", "compare_forward", "hf_model", "teacher_forcing"]
@@ -53,6 +54,8 @@ def captured(parts: dict[str, torch.nn.Module]) -> Iterator[dict[str, Tensor]]:
 
     def keep(name: str) -> Callable:
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Residual):
+                output = output.value()
             first = output[0] if isinstance(output, tuple) else output
             seen[name] = first.detach().reshape(-1, first.shape[-1])
 
