@@ -27,7 +27,7 @@ def run(op, tensors, *args, **kwargs):
     """Output and the gradients of q, k, v under a fixed, uneven loss."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     out = op(*leaves, *args, **kwargs)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.double).view_as(out).to(out.dtype)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.double).view_as(out).to(out)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from varlen_sft import reference
-from varlen_sft.ops import attention_cpu, attention_sdpa
+from varlen_sft.ops import attention_cpu, attention_flash, attention_sdpa
 from varlen_sft.ops.backends import resolve
 from varlen_sft.ops.checks import (
     FLOATS,
@@ -43,8 +43,10 @@ def varlen_attention(
         softmax_scale: D ** -0.5 by default.
         window_size: a query sees this many keys at most, its own counted.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
-        impl: None, "cpp" (CPU: bf16 on AMX tiles where there are any, else fp32 vectors), "sdpa"
-            (torch's kernel, sequence by sequence) or "reference".
+        impl: None, or by name. CUDA: "flash_attn_2", "torch_varlen", and on request only
+            "flash_attn_3", "flash_attn_4" (bf16 and fp16; a tail that sequences do not cover is not
+            written). CPU: "cpp" (bf16 on AMX tiles where there are any, else on vectors in fp32,
+            fp64 for fp64). Both: "sdpa" (torch's kernel, sequence by sequence) and "reference".
 
     Returns:
         (T, H, D). A query that sees no key gives 0.
@@ -56,8 +58,15 @@ def varlen_attention(
     _check(q, k, v, sequences, k_sequences)
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be at least 1, got {window_size}")
-    impl = resolve("attention", impl, q.device)
+    impl = resolve(
+        "attention", impl, q.device, lambda name: attention_flash.refusal(name, q, softcap)
+    )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if impl in attention_flash.IMPLS:
+        return attention_flash.flash_attention(
+            impl, q, k, v, sequences, k_sequences=k_sequences, softmax_scale=scale,
+            window_size=window_size, softcap=softcap,
+        )  # fmt: skip
     if impl == "cpp":
         return attention_cpu.attend(
             q, k, v, sequences, k_sequences or sequences, scale, window_size, softcap
