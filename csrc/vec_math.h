@@ -167,13 +167,8 @@ VEC_FN VecD max_keep(VecD a, VecD b) { return a > b ? a : b; }
 template <typename T>
 constexpr Compute<T> kExpFloor = std::is_same_v<T, double> ? -745.2 : -87.33f;
 
-// exp(d) for d <= 0 that has been clamped to kExpFloor; NaN stays NaN. Range reduction to |r| <=
-// ln2/2 and a degree-6 minimax polynomial; within 1 ulp.
-VEC_FN VecF exp_nonpositive(VecF d) {
-  // 1.5 * 2^23: adding it leaves the value, rounded to an integer, in the low bits.
-  const VecF shift = VecF{} + 12582912.0f;
-  const VecF shifted = fma(d, VecF{} + 1.44269504f, shift);
-  const VecF n = shifted - shift;
+// exp(d - n ln2) for |d - n ln2| <= ln2 / 2.
+VEC_FN VecF exp_remainder(VecF d, VecF n) {
   // ln2 in two parts; the first has 10 bits, so that n * part is exact without fma too.
   VecF r = fma(n, VecF{} - 0.693359375f, d);
   r = fma(n, VecF{} + 2.12194440e-4f, r);
@@ -181,9 +176,28 @@ VEC_FN VecF exp_nonpositive(VecF d) {
   p = fma(r, p, VecF{} + 4.1668389e-2f);
   p = fma(r, p, VecF{} + 1.6666521e-1f);
   p = fma(r, p, VecF{} + 4.9999993e-1f);
-  p = fma(r * r, p, r) + 1.0f;
+  return fma(r * r, p, r) + 1.0f;
+}
+
+// exp(d) for d <= 0 that has been clamped to kExpFloor; NaN stays NaN. Range reduction to |r| <=
+// ln2/2 and a degree-6 minimax polynomial; within 1 ulp.
+VEC_FN VecF exp_nonpositive(VecF d) {
+#if VARLEN_VECTOR_BYTES == 64
+  // Here one instruction rounds to an integer and one multiplies by its power of two, if d is above
+  // the floor (or NaN).
+  const __mmask16 above = _mm512_cmp_ps_mask((__m512)d, _mm512_set1_ps(kExpFloor<float>),
+                                             _CMP_NLE_UQ);
+  const VecF n = (VecF)_mm512_maskz_roundscale_ps(kAllLanes, (__m512)(d * 1.44269504f),
+                                                  _MM_FROUND_TO_NEAREST_INT);
+  return (VecF)_mm512_maskz_scalef_ps(above, (__m512)exp_remainder(d, n), (__m512)n);
+#else
+  // 1.5 * 2^23: adding it leaves the value, rounded to an integer, in the low bits.
+  const VecF shift = VecF{} + 12582912.0f;
+  const VecF shifted = fma(d, VecF{} + 1.44269504f, shift);
+  const VecF p = exp_remainder(d, shifted - shift);
   const VecF scaled = (VecF)((VecU)p + ((VecU)shifted << 23));
   return d <= kExpFloor<float> ? VecF{} : scaled;
+#endif
 }
 VEC_FN VecD exp_nonpositive(VecD d) {
   for (int64_t i = 0; i < kLanes<double>; ++i)

@@ -60,29 +60,31 @@ def sequences_from_position_ids(
             padded with T, and nothing waits for the device. Without it the result has the true
             size, which costs one wait on a device.
         max_seqlen: an upper bound that the caller knows. Without it the true length is used, or,
-        with
-            ``capacity`` on a device, T.
-        impl: None or "reference".
+            with ``capacity`` on a device, T.
+        impl: None, "cuda", "cpp" or "reference".
 
     Raises:
         TypeError: position_ids are not int32 or int64.
-        ValueError: not one axis, more sequences than ``capacity``, or a sequence longer than
-            ``max_seqlen``. On a device the two last are asserted there instead.
+        ValueError: not one axis, 2^31 tokens or more, more sequences than ``capacity``, or a
+            sequence longer than ``max_seqlen``. On a device the two last are asserted there
+            instead.
     """
     require_dtype("position_ids", position_ids, INTEGERS)
     require_shape("position_ids", position_ids, "T", None)
-    resolve("sequences", impl, position_ids.device)
     total = position_ids.shape[0]
+    if total >= 2**31:
+        raise ValueError(f"position_ids must have less than 2^31 tokens, got {total}")
+    impl = resolve("sequences", impl, position_ids.device)
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity must be at least 1, got {capacity}")
     if capacity is None:
-        sequences = reference.sequences_from_position_ids(position_ids)
+        sequences = _of_true_size(position_ids, impl)
         if max_seqlen is None:
             return sequences
         _check(sequences.max_seqlen <= max_seqlen, max_seqlen, sequences.max_seqlen)
         return sequences._replace(max_seqlen=max_seqlen)
 
-    cu_seqlens, count, longest = torch.ops.varlen_sft.sequences(position_ids, capacity)
+    cu_seqlens, count, longest = torch.ops.varlen_sft.sequences(position_ids, capacity, impl)
     if position_ids.device.type == "cpu":
         if int(count) > capacity:
             raise ValueError(f"capacity must hold every sequence, got {capacity} for {int(count)}")
@@ -110,28 +112,50 @@ def _check(fits: bool, bound: int | None, longest: int) -> None:
         )
 
 
+def _of_true_size(position_ids: Tensor, impl: str) -> Sequences:
+    if impl == "reference":
+        return reference.sequences_from_position_ids(position_ids)
+    # Enough for chats, in a fraction of the memory of the ids; shorter sequences take a second run.
+    capacity = position_ids.shape[0] // 32 + 1
+    cu_seqlens, count, longest = torch.ops.varlen_sft.sequences(position_ids, capacity, impl)
+    found, max_seqlen = torch.stack([count, longest]).tolist()  # the one wait
+    if found > capacity:
+        cu_seqlens = torch.ops.varlen_sft.sequences(position_ids, found, impl)[0]
+    return Sequences(cu_seqlens[: found + 1].clone(), max_seqlen, count)
+
+
 @torch.library.custom_op("varlen_sft::sequences", mutates_args=())
-def _sequences(position_ids: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """cu_seqlens (capacity + 1,), true count (), longest length (): no data-dependent shape."""
+def _sequences(position_ids: Tensor, capacity: int, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """cu_seqlens (capacity + 1,), and of all sequences, also where it cannot hold them, the count
+    () and the longest length (): no data-dependent shape."""
+    if impl == "reference":
+        return _sequences_in_torch(position_ids, capacity)
+    cu_seqlens, count, longest = _empty_sequences(position_ids, capacity)
+    # A strided view is copied: it is read once, and nothing that makes packs makes one.
+    torch.ops.varlen_sft_c.sequences(cu_seqlens, count, longest, position_ids.contiguous())
+    return cu_seqlens, count, longest
+
+
+def _sequences_in_torch(position_ids: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     total = position_ids.shape[0]
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[1:] = position_ids[1:] != position_ids[:-1] + 1
-    index = starts.cumsum(0) - 1
-    # Tokens that start nothing, and starts beyond the capacity, are written to a slot that is cut
-    # off.
-    slot = torch.where(starts, index, capacity + 1).clamp(max=capacity + 1)
-    cu_seqlens = position_ids.new_full((capacity + 2,), total, dtype=torch.int64)
-    cu_seqlens.scatter_(0, slot, torch.arange(total, device=position_ids.device))
-    cu_seqlens = cu_seqlens[: capacity + 1].to(torch.int32)
-    if total == 0:
-        cu_seqlens.zero_()
-    count = starts.sum().to(torch.int32)
-    return cu_seqlens, count, cu_seqlens.diff().max()
+    size = max(total, capacity) + 1
+    # Tokens that start nothing are written to a slot that is cut off.
+    slot = torch.where(starts, starts.cumsum(0) - 1, size)
+    edges = position_ids.new_full((size + 1,), total, dtype=torch.int64)
+    edges = edges.scatter_(0, slot, torch.arange(total, device=position_ids.device))[:size]
+    longest = edges.diff().max()
+    return edges[: capacity + 1].int(), starts.sum().int(), longest.int()
 
 
-@_sequences.register_fake
-def _(position_ids: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_sequences(position_ids: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     def new(*shape: int) -> Tensor:
         return position_ids.new_empty(shape, dtype=torch.int32)
 
     return new(capacity + 1), new(), new()
+
+
+@_sequences.register_fake
+def _(position_ids, capacity, impl):
+    return _empty_sequences(position_ids, capacity)
