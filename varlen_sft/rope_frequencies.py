@@ -126,7 +126,7 @@ def _validate(parameters: Mapping[str, Any]) -> None:
 
 
 def _powers(base: float | Tensor, dim: int, device: Any) -> Tensor:
-    return base ** (torch.arange(0, dim, 2, dtype=torch.int64).to(device, torch.float) / dim)
+    return base ** (torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim)
 
 
 def _default(p: Mapping[str, Any], dim: int, length: Length, device: Any) -> Frequencies:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.helpers import FLOATS, ROPE_PARAMETERS, assert_within_reference_error
 from varlen_sft import _extension, reference
+from varlen_sft.ops.backends import INTERPRETED
 from varlen_sft.ops.rope import apply_rope, apply_rope_, rope_table
 
 IMPLS = [
@@ -144,8 +145,11 @@ def test_errors_name_the_argument_and_what_came():
         apply_rope(q, k, cos, sin, ids, numerics="bf16")
     with pytest.raises(ValueError, match="q must be contiguous on its last axis"):
         apply_rope(q[..., ::2], k[..., ::2], cos[:, :4], sin[:, :4], ids)
-    with pytest.raises(ValueError, match="impl must be None or one of cpp, reference, got 'x'"):
+    with pytest.raises(ValueError, match="one of cpp, triton, reference, got 'x'"):
         apply_rope(q, k, cos, sin, ids, impl="x")
+    if not INTERPRETED:
+        with pytest.raises(ValueError, match="impl='triton' runs on cuda, got tensors on cpu"):
+            apply_rope(q, k, cos, sin, ids, impl="triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -166,3 +170,118 @@ def test_reference_gradient(interleaved):
     assert torch.autograd.gradcheck(
         lambda q, k: reference.apply_rope(q, k, cos, sin, ids, interleaved=interleaved), leaves
     )
+
+
+# ------------------------------------------------------------------------ Triton
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_a_launch_compiles_what_the_list_of_variants_says(monkeypatch):
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from varlen_sft.ops import rope_triton
+
+    kernel = rope_triton.rope_kernel
+    target = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, target)
+    compiled = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: compiled.append(bind(*args, **kwargs))
+
+    monkeypatch.setattr(rope_triton, "rope_kernel", Kernel())
+    floats = {"*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16}
+    for variant in rope_triton.variants():
+        meta, dtype = variant.constexprs, floats[variant.signature["q"]]
+        in_place = "in place" in variant.name
+        dim = 2 * meta["HALF"] + (48 if in_place else meta["REST"])
+        buffer = torch.empty(5, meta["H"] + 2 * meta["K"], dim, dtype=dtype)
+        q, k = buffer[:, : meta["H"]], buffer[:, meta["H"] : meta["H"] + meta["K"]]
+        outs = (q, k) if in_place else (torch.empty_like(q), torch.empty_like(k))
+        ids = torch.arange(5, dtype=torch.int32 if "int32" in variant.name else torch.int64)
+        tables = torch.empty(2, 9, meta["HALF"])
+        flags = (meta["INTERLEAVED"], meta["HF"], meta["INVERSE"])
+        rope_triton.rope(*outs, q, k, *tables, ids, *flags)
+        arguments, types, options = compiled.pop()
+        types = dict(zip(arguments, types, strict=True))
+        assert {name: kind for name, (kind, _) in types.items()} == variant.signature
+        assert {name: arguments[name] for name in meta} == meta
+        assert tuple(name for name, (_, hint) in types.items() if hint == "D") == variant.aligned
+        assert options == {
+            "num_warps": variant.num_warps,
+            "num_stages": variant.num_stages,
+            "enable_fp_fusion": variant.enable_fp_fusion,
+        }
+
+
+def on_cuda(*tensors: Tensor) -> list[Tensor]:
+    return [x.cuda() for x in tensors]
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "dims"),
+    [
+        ((1, 1), (16, 16)),
+        ((9, 3), (80, 80)),
+        ((32, 8), (128, 128)),
+        ((16, 8), (256, 256)),
+        ((4, 2), (64, 24)),
+        ((2, 7), (6, 4)),
+    ],
+)
+def test_values_and_gradients_on_a_gpu_without_a_sync(heads, dims, interleaved, dtype):
+    q, k, cos, sin, ids = make(129, *heads, *dims, dtype)
+
+    def run(op, q, k, cos, sin, ids, **more):
+        q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+        out = op(q, k, cos, sin, ids, interleaved=interleaved, **more)
+        gradients = (q.detach().flip(0), k.detach().flip(0))
+        return [x.detach() for x in (*out, *torch.autograd.grad(out, (q, k), gradients))]
+
+    low = run(reference.apply_rope, q, k, cos, sin, ids)
+    high = run(reference.apply_rope, q.double(), k.double(), cos, sin, ids)
+    arguments = on_cuda(q, k, cos, sin, ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = run(apply_rope, *arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b, c in zip(actual, low, high, strict=True):
+        assert_within_reference_error(a.cpu(), b, c)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_hf_numerics_on_a_gpu_are_bit_equal_to_transformers(dtype):
+    q, k, cos, sin, ids = on_cuda(*make(129, 9, 3, 128, 128, dtype))
+
+    def run(op):
+        leaves = [x.detach().requires_grad_() for x in (q, k)]
+        out = op(*leaves)
+        return *out, *torch.autograd.grad(out, leaves, (q.flip(0), k.flip(0)))
+
+    ours = run(lambda q, k: apply_rope(q, k, cos, sin, ids, numerics="hf", impl="triton"))
+    theirs = run(lambda q, k: eager_hf(q, k, cos, sin, ids))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_in_place_on_a_gpu_equals_out_of_place():
+    q, k, cos, sin, ids = on_cuda(*make(129, 9, 3, 80, 32, torch.bfloat16))
+    expected = apply_rope(q, k, cos, sin, ids, impl="triton")
+    q, k = apply_rope_(q.clone(), k.clone(), cos, sin, ids, impl="triton")
+    assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])

@@ -71,17 +71,17 @@ def apply_rope(
         interleaved: pairs (2i, 2i+1) as in GPT-J, instead of halves as in GPT-NeoX and Llama.
         numerics: "fp32" computes in fp32 and rounds once; "hf" rounds where Hugging Face's eager
             Llama does, bit for bit, forward and backward.
-        impl: None, "cpp" or "reference".
+        impl: None, "triton" (not fp64), "cpp" or "reference".
 
     Returns:
         Rotated q (T, H, D) and k (T, K, D), contiguous.
 
     Raises:
-        TypeError: a dtype other than the above.
+        TypeError: a dtype other than the above, or fp64 with impl="triton".
         ValueError: shapes or devices that do not fit, or a position id outside [0, P) (on the CPU).
     """
     _check(q, k, cos, sin, position_ids, numerics)
-    impl = resolve("rope", impl, q.device)
+    impl = _pick(impl, q)
     return torch.ops.varlen_sft.rope(
         q, k, cos, sin, position_ids, interleaved, numerics == "hf", False, impl
     )
@@ -110,8 +110,15 @@ def apply_rope_(
             "apply_rope_ must not overwrite tensors that autograd records: use apply_rope"
         )
     _run(q, k, q, k, cos, sin, position_ids, interleaved, numerics == "hf", False,
-         resolve("rope", impl, q.device))  # fmt: skip
+         _pick(impl, q))  # fmt: skip
     return q, k
+
+
+def _pick(impl: str | None, q: Tensor) -> str:
+    picked = resolve("rope", impl, q.device)
+    # The Triton kernel computes in fp32: on a GPU, unless asked, fp64 goes to the reference.
+    unfit = impl is None and picked == "triton" and q.dtype == torch.float64
+    return "reference" if unfit else picked
 
 
 def _check(q, k, cos, sin, position_ids, numerics: str) -> None:
@@ -155,6 +162,13 @@ def _run(
         torch.ops.varlen_sft_c.rope(
             q_out, k_out, q, k, cos, sin, position_ids, interleaved, hf, inverse
         )
+        return
+    if impl == "triton":
+        from varlen_sft.ops import rope_triton
+
+        if q.device.type == "cpu":  # interpreted; on a GPU the kernel itself looks at every id
+            _check_positions(position_ids, cos.shape[0])
+        rope_triton.rope(q_out, k_out, q, k, cos, sin, position_ids, interleaved, hf, inverse)
         return
     ids, valid = position_ids, None
     if q.device.type == "cpu":
