@@ -43,24 +43,22 @@ lint: setup
 types: setup
 	$(RUN) -m mypy
 
-# $(call run_benchmarks,PYTHON): op benchmarks under pytest-benchmark, then the script tables.
-define run_benchmarks
-mkdir -p benchmarks/results
-$(if $(wildcard benchmarks/test_*.py),$(1) -m pytest benchmarks --benchmark-only \
-  --benchmark-json=benchmarks/results/ops.json $(ARGS))
-$(if $(wildcard benchmarks/bench_*.py),set -e; for script in $(sort $(wildcard \
-  benchmarks/bench_*.py)); do $(1) "$$script"; done)
-endef
+# Op benchmarks under pytest-benchmark, then the script tables; one that needs a GPU says so.
+BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py)) $(wildcard benchmarks/traffic.py)
 
 bench: setup
-	$(call run_benchmarks,$(RUN))
+	mkdir -p benchmarks/results
+	$(RUN) -m pytest benchmarks --benchmark-only \
+	  --benchmark-json=benchmarks/results/ops.json $(ARGS)
+	set -e; for script in $(BENCHMARKS); do $(RUN) "$$script"; done
 
+# Only files with GPU tests are collected: such a machine may lack what the others import.
 gpu: RUN := $(or $(GPU_PYTHON),$(RUN))
 gpu: $(if $(GPU_PYTHON),,setup)
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch " \
 	  + torch.__version__ + " finds no CUDA device here, so there is nothing to run.")'
-	$(RUN) -m pytest -m gpu $(ARGS)
-	$(call run_benchmarks,$(RUN))
+	$(RUN) -m pytest -m gpu $$(grep -rl --include='test_*.py' 'mark\.gpu' tests) $(ARGS)
+	$(RUN) benchmarks/bench_gpu.py
 
 clean:
 	rm -rf build dist *.egg-info varlen_sft/_C.so

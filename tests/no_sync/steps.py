@@ -1,0 +1,146 @@
+"""``python -m tests.no_sync.steps CASE [no_device.so]``: one case on a fake CUDA device, as JSON.
+
+A process of its own: the library that stands in for the device has to come before torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from dataclasses import fields, replace
+from functools import partial
+
+if len(sys.argv) > 2:
+    ctypes.CDLL(sys.argv[2])
+
+import torch
+from torch import Tensor
+
+from tests.helpers import random_samples, tiny_hf_config
+from tests.no_sync.mode import HostSync, NoSync, fake_cuda
+from varlen_sft.data.batch import PackedBatch, collate
+from varlen_sft.models.config import LlamaConfig
+from varlen_sft.models.llama import LlamaForSFT
+from varlen_sft.ops.backends import backends
+from varlen_sft.ops.cross_entropy import (
+    LossOptions,
+    linear_cross_entropy,
+    masked_cross_entropy,
+)
+from varlen_sft.ops.rope import apply_rope, apply_rope_, rope_table
+from varlen_sft.ops.sequences import sequences_from_position_ids
+from varlen_sft.train.loop import mean_loss
+
+LENGTHS = [40, 2, 7, 20]  # with the tiny config's 32 positions, one sequence is a long one
+TOKENS = 320  # rows found on the device then take three chunks
+
+
+def fake_batch() -> PackedBatch:
+    """A pack on the fake device."""
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        batch = collate(random_samples(LENGTHS), pad_to=TOKENS)
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    moved = {
+        name: mode.from_tensor(value).to("cuda")
+        for name, value in tensors.items()
+        if isinstance(value, Tensor)
+    }
+    return replace(batch, **moved)
+
+
+def step(sync: NoSync, rope: str = "default", spoil: str = "") -> None:
+    """Forward, loss and backward of LlamaForSFT in bf16, as the training loop does them."""
+    torch.set_default_dtype(torch.bfloat16)  # Module.to cannot swap fake parameters
+    with torch.device("cuda"):
+        config = tiny_hf_config(rope, tie_word_embeddings=True)
+        model = LlamaForSFT(LlamaConfig.from_hf(config))
+    torch.set_default_dtype(torch.float32)
+    batch = fake_batch()
+    model.rotary._tables(batch.max_seqlen, batch.input_ids.device)  # once per model, no step
+    if spoil == "backward":
+        model.norm.weight.register_hook(lambda grad: grad * float(grad.sum()))
+    with sync:
+        loss = mean_loss([model(batch)])
+        if spoil == "forward":
+            loss.item()
+        loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not without, without
+
+
+def rope(sync: NoSync, interleaved: bool, numerics: str) -> None:
+    cos, sin = rope_table({"rope_type": "default", "rope_theta": 1e4}, 16, 64, device="cuda")
+    qkv = torch.empty(TOKENS, 8, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    q, k, _ = qkv.split((4, 2, 2), dim=1)
+    ids = fake_batch().position_ids
+    with sync:
+        q, k = apply_rope(q, k, cos, sin, ids, interleaved=interleaved, numerics=numerics)
+        (q.sum() + k.sum()).backward()
+        with torch.no_grad():
+            apply_rope_(q, k, cos, sin, ids, interleaved=interleaved, numerics=numerics)
+
+
+def linear(sync: NoSync, given_rows: bool) -> None:
+    """With a bias, in chunks of 128 rows; rows are given or found on the device."""
+    batch = fake_batch()
+    hidden, weight, bias = (
+        torch.empty(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for shape in ((TOKENS, 32), (53, 32), (53,))
+    )
+    with sync:
+        linear_cross_entropy(
+            hidden, weight, batch.labels, token_weights=batch.token_weights, linear_bias=bias,
+            rows=batch.rows if given_rows else None, options=LossOptions(chunk_bytes=1),
+        ).loss_sum.backward()  # fmt: skip
+
+
+def masked(sync: NoSync, with_sequences: bool) -> None:
+    batch = fake_batch()
+    logits = torch.empty(TOKENS, 53, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    with sync:
+        masked_cross_entropy(
+            logits, batch.labels, token_weights=batch.token_weights,
+            sequences=batch.sequences if with_sequences else None,
+        ).loss_sum.backward()  # fmt: skip
+
+
+def sequences(sync: NoSync, capacity: int | None) -> None:
+    ids = fake_batch().position_ids
+    with sync:
+        sequences_from_position_ids(ids, capacity=capacity)
+
+
+CASES = {
+    **{f"step {rope}": partial(step, rope=rope) for rope in ("default", "yarn", "llama3")},
+    **{f"step {rope}": partial(step, rope=rope) for rope in ("dynamic", "longrope")},
+    **{f"step spoilt {where}": partial(step, spoil=where) for where in ("forward", "backward")},
+    "rope": partial(rope, interleaved=False, numerics="fp32"),
+    "rope interleaved hf": partial(rope, interleaved=True, numerics="hf"),
+    "linear rows": partial(linear, given_rows=True),
+    "linear no rows": partial(linear, given_rows=False),
+    "masked": partial(masked, with_sequences=False),
+    "masked sequences": partial(masked, with_sequences=True),
+    "sequences capacity": partial(sequences, capacity=8),
+    "sequences of true size": partial(sequences, capacity=None),
+}
+
+
+def main() -> None:
+    """Cases, separated by commas; a line of JSON each."""
+    picked = {op: [n for n, word in rows if word == "picked"] for op, rows in
+              backends("cuda").items()}  # fmt: skip
+    for name in sys.argv[1].split(","):
+        sync, found = NoSync(), None
+        with fake_cuda():
+            try:
+                CASES[name](sync)
+            except HostSync as error:
+                found = str(error)
+        print(json.dumps({"case": name, "sync": found, "picked": picked, "ops": len(sync.ops),
+                          "bodies": sync.bodies, "launches": sync.launches}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
