@@ -87,7 +87,11 @@ VEC_FN VecU bf16_bits(VecF v) {
 VEC_FN void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
 VEC_FN void store(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
 VEC_FN void store(BFloat16* p, VecF v) {
+#if defined(VARLEN_AMX)
+  const __m256bh bits = _mm512_cvtneps_pbh((__m512)v);  // subnormals become 0
+#else
   const VecHalf bits = narrow(bf16_bits(v) >> 16);
+#endif
   std::memcpy(static_cast<void*>(p), &bits, sizeof bits);
 }
 VEC_FN void store(Half* p, VecF v) {

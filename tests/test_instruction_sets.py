@@ -20,7 +20,7 @@ needs_extension = pytest.mark.skipif(not _extension.load(), reason=_extension.st
 @needs_extension
 @pytest.mark.parametrize("cap", ["default", "avx2", "avx512"])
 def test_kernels_without_the_wider_instruction_sets(cap):
-    """"avx512" is AMX left out; a CPU that lacks a set runs the next one down instead."""
+    """ "avx512" is AMX left out; a CPU that lacks a set runs the next one down instead."""
     files = [str(ROOT / "tests" / "ops" / f"{name}.py") for name in FILES]
     kernels = "cpp or cpu_kernel or rms_norm or silu_mul or hf_numerics"
     done = subprocess.run(

@@ -16,7 +16,9 @@ from varlen_sft.ops.cross_entropy import (
     masked_cross_entropy,
     supervised_rows,
 )
+from varlen_sft.ops.cross_entropy_chunks import Head
 from varlen_sft.ops.sequences import sequences_from_lengths
+from varlen_sft.types import Sequences
 
 IMPLS = [
     "reference",
@@ -296,3 +298,68 @@ def test_reference_gradient(options):
         ),
         leaves,
     )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(0, 3), st.integers(0, 99))
+def test_a_pack_of_logits_is_its_sequences_alone(impl, lengths, spare, seed):
+    """Unshifted labels; cu_seqlens with room for more sequences is padded with T."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    logits = torch.randn(total, 19, generator=generator).requires_grad_()
+    labels = torch.randint(0, 19, (total,), generator=generator)
+    labels[torch.rand(total, generator=generator) < 0.3] = -100
+    weights = torch.rand(total, generator=generator)
+    sequences = sequences_from_lengths(lengths)
+    tail = sequences.cu_seqlens.new_full((spare,), total)
+    padded = Sequences(torch.cat((sequences.cu_seqlens, tail)), *sequences[1:])
+    pack = masked_cross_entropy(logits, labels, token_weights=weights, sequences=padded, impl=impl)
+    (grad,) = torch.autograd.grad(pack.loss_sum, logits)
+    begin, counted = 0, torch.zeros(())
+    for length in lengths:
+        part, nexts = slice(begin, begin + length - 1), slice(begin + 1, begin + length)
+        leaf = logits.detach()[part].clone().requires_grad_()
+        alone = masked_cross_entropy(leaf, labels[nexts], token_weights=weights[nexts], impl=impl)
+        assert torch.equal(pack.token_loss[part], alone.token_loss)
+        assert torch.equal(grad[part], torch.autograd.grad(alone.loss_sum, leaf)[0])
+        begin += length
+        assert pack.token_loss[begin - 1] == 0 and (grad[begin - 1] == 0).all()
+        counted = counted + alone.weight_sum
+    torch.testing.assert_close(pack.weight_sum, counted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_weight_gradients_of_many_chunks_are_summed_in_fp32(impl):
+    """64 chunks: what each but the first adds is half of bf16's step at the sum so far."""
+    total = 128 * 64
+    hidden = torch.ones(total, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(total, dtype=torch.long)
+    weights = torch.full((total,), 2.0**-7)
+    weights[:128] = 2.0
+    options = LossOptions(chunk_bytes=1)
+    output = linear_cross_entropy(
+        hidden, weight, labels, token_weights=weights, options=options, impl=impl
+    )
+    output.loss_sum.backward()
+    # -1/2 of each row's weight: -128, then 63 times -0.5; -159.5 is rounded once, at the end.
+    assert weight.grad.flatten().tolist() == [-160, 160]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_pads_that_reach_the_head_write_nowhere(impl, monkeypatch):
+    """On a device pads are not counted out: they are scored with weight 0 and then dropped."""
+    hidden, weight, bias, labels, weights = make(40, 8, 33)
+    labels[0], weights[0] = 5, 1.0  # the row that a pad reads
+    rows = supervised_rows(labels, weights)
+    kwargs = {"token_weights": weights, "rows": rows, "impl": impl}
+    without, without_grads = run(linear_cross_entropy, hidden, weight, bias, labels, **kwargs)
+    monkeypatch.setattr(Head, "_checked", lambda self, rows: rows)
+    padded, padded_grads = run(linear_cross_entropy, hidden, weight, bias, labels, **kwargs)
+    for a, b in zip((*padded[2:], padded_grads[0]), (*without[2:], without_grads[0]), strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(padded_grads[1:], without_grads[1:], strict=True):
+        torch.testing.assert_close(a, b)
+    assert padded.token_loss[0] > 0 and padded.lse[0] != 0
+    torch.testing.assert_close(padded.loss_sum, without.loss_sum)

@@ -55,6 +55,9 @@ def test_add_rms_norm(size, dtype):
     of_sum = run(lambda *t: rms_norm(*t, 1e-5, impl="cpp"), x + residual, weight)
     assert torch.equal(alone[0], of_sum[0]) and torch.equal(alone[1], of_sum[1])
     assert torch.equal(alone[1], alone[2])
+    only_sum = add_rms_norm(*(t.requires_grad_() for t in tensors), 1e-5, impl="cpp")[1]
+    ones = torch.autograd.grad(only_sum.sum(), tensors, allow_unused=True)
+    assert (ones[0] == 1).all() and (ones[1] == 1).all() and ones[2] is None
 
 
 @needs_extension

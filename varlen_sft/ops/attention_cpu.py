@@ -83,6 +83,7 @@ def _setup_context(ctx, inputs, output) -> None:
     q, k, v, cu_seqlens, k_cu_seqlens, *ctx.options = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # no zeros for lse
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, k_cu_seqlens)
 
 

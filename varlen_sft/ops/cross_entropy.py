@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from varlen_sft.ops import cross_entropy_ops  # noqa: F401  registers torch.ops.varlen_sft.*
 from varlen_sft.ops.backends import resolve
 from varlen_sft.ops.checks import FLOATS, require_dtype, require_same_device, require_shape
-from varlen_sft.ops.cross_entropy_chunks import Head
-from varlen_sft.ops.cross_entropy_rows import score_rows, supervised_rows
+from varlen_sft.ops.cross_entropy_rows import supervised_rows
 from varlen_sft.reference import shifted_targets
 from varlen_sft.types import LossOptions, LossOutput, Sequences, accumulation_dtype
 
@@ -65,7 +65,7 @@ def linear_cross_entropy(
         grad and hidden.requires_grad,
         grad and linear_weight.requires_grad,
         grad and linear_bias is not None and linear_bias.requires_grad,
-        resolve("cross_entropy", impl, hidden.device),
+        _picked(impl, "hidden", hidden),
     )  # fmt: skip
     return LossOutput(*outputs[:6])
 
@@ -93,16 +93,39 @@ def masked_cross_entropy(
     """
     require_dtype("logits", logits, FLOATS)
     require_shape("logits", logits, "T V", None, None)
-    if sequences is not None:
-        require_shape("labels", labels, "T", logits.shape[0])
-        labels, token_weights = shifted_targets(labels, token_weights, sequences)
     token_weights = _check_targets(labels, token_weights, logits, logits.shape[0])
-    outputs = torch.ops.varlen_sft.masked_cross_entropy(
-        logits, labels, token_weights, _floats(options or LossOptions()),
-        torch.is_grad_enabled() and logits.requires_grad,
-        resolve("cross_entropy", impl, logits.device),
-    )  # fmt: skip
+    picked = _picked(impl, "logits", logits)
+    cu_seqlens = None
+    if sequences is not None:
+        require_same_device(logits=logits, cu_seqlens=sequences.cu_seqlens)
+        if picked == "reference":
+            labels, token_weights = shifted_targets(labels, token_weights, sequences)
+        else:
+            cu_seqlens = sequences.cu_seqlens
+    numbers = _floats(options or LossOptions())
+    if picked == "triton":
+        op = torch.ops.varlen_sft.masked_cross_entropy_triton
+        outputs = op(_rows_contiguous(logits), labels, token_weights, numbers, cu_seqlens)
+    else:
+        need_grad = torch.is_grad_enabled() and logits.requires_grad
+        op = torch.ops.varlen_sft.masked_cross_entropy
+        outputs = op(logits, labels, token_weights, numbers, need_grad, picked, cu_seqlens)
     return LossOutput(*outputs[:6])
+
+
+def _picked(impl: str | None, name: str, scores: Tensor) -> str:
+    """Who computes; fp64 is the reference's, which alone has it on a GPU."""
+    picked = resolve("cross_entropy", impl, scores.device)
+    if picked == "triton" and scores.dtype == torch.float64:
+        if impl is not None:
+            require_dtype(f'{name} for impl="triton"', scores, FLOATS[1:])
+        return "reference"
+    return picked
+
+
+def _rows_contiguous(logits: Tensor) -> Tensor:
+    """Rows may lie anywhere; only logits that are not neighbours within a row are copied."""
+    return logits if logits.shape[1] <= 1 or logits.stride(1) == 1 else logits.contiguous()
 
 
 def _floats(options: LossOptions) -> list[float]:
@@ -136,99 +159,3 @@ def _check_targets(labels, token_weights, scores: Tensor, total: int) -> Tensor:
     require_shape("token_weights", token_weights, "T", total)
     require_same_device(labels=labels, token_weights=token_weights, scores=scores)
     return token_weights.detach().to(compute)
-
-
-# ----------------------------------------------------------- torch.library ops
-
-
-@torch.library.custom_op("varlen_sft::masked_cross_entropy", mutates_args=())
-def _masked(
-    logits: Tensor,
-    labels: Tensor,
-    token_weights: Tensor,
-    options: list[float],
-    need_grad: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    scratch = logits.clone(memory_format=torch.contiguous_format)
-    scored = score_rows(scratch, labels, token_weights, options, need_grad, impl)
-    return *scored, scratch if need_grad else logits.new_empty(0)  # type: ignore[return-value]
-
-
-@_masked.register_fake
-def _(logits, labels, token_weights, options, need_grad, impl):
-    return *_fake_outputs(logits, labels), logits.new_empty(logits.shape if need_grad else 0)
-
-
-def _fake_outputs(scores: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    def new(shape, dtype=None) -> Tensor:
-        return scores.new_empty(shape, dtype=dtype or accumulation_dtype(scores.dtype))
-
-    rows = labels.shape
-    return new(()), new(()), new(rows), new(rows), new(rows, torch.bool), new(rows)
-
-
-def _masked_setup(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[6])
-
-
-def _masked_backward(ctx, dloss: Tensor, *_):
-    (dlogits,) = ctx.saved_tensors
-    return _scaled(dlogits, dloss, dlogits.dtype), *(None,) * 5
-
-
-def _scaled(grad: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * dloss rounded to dtype, in one pass and without a wait for dloss."""
-    return torch.mul(grad, dloss, out=torch.empty_like(grad, dtype=dtype))
-
-
-_masked.register_autograd(_masked_backward, setup_context=_masked_setup)
-
-
-@torch.library.custom_op("varlen_sft::linear_cross_entropy", mutates_args=())
-def _linear(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    token_weights: Tensor,
-    rows: Tensor | None,
-    options: list[float],
-    chunk_bytes: int,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = Head(hidden, weight, bias, (need_dhidden, need_dweight, need_dbias), options, impl)
-    return head.run(labels, token_weights, rows, chunk_bytes)  # type: ignore[return-value]
-
-
-@_linear.register_fake
-def _(hidden, weight, bias, labels, token_weights, rows, options, chunk_bytes, need_dhidden,
-      need_dweight, need_dbias, impl):  # fmt: skip
-    accumulate = accumulation_dtype(hidden.dtype)
-    return (
-        *_fake_outputs(hidden, labels),
-        hidden.new_empty(hidden.shape if need_dhidden else 0),
-        hidden.new_empty(weight.shape if need_dweight else 0, dtype=accumulate),
-        hidden.new_empty(weight.shape[:1] if need_dbias else 0, dtype=accumulate),
-    )
-
-
-def _linear_setup(ctx, inputs, output) -> None:
-    ctx.dtype, ctx.needs = inputs[0].dtype, inputs[8:11]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[6:])
-
-
-def _linear_backward(ctx, dloss: Tensor, *_):
-    dhidden, dweight, dbias = (
-        _scaled(grad, dloss, ctx.dtype) if need else None
-        for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-    )
-    return dhidden, dweight, dbias, *(None,) * 9
-
-
-_linear.register_autograd(_linear_backward, setup_context=_linear_setup)

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from varlen_sft.ops.cross_entropy_rows import (
     ROW_MULTIPLE,
+    RowScores,
     check_values,
     score_rows,
     supervised_rows,
 )
 from varlen_sft.types import IGNORE_INDEX, accumulation_dtype
+
+
+def chunk_rows(weight: Tensor, chunk_bytes: int) -> int:
+    """Rows of logits that fit into chunk_bytes, a multiple of 128 and at least that."""
+    row_bytes = weight.shape[0] * weight.element_size()
+    return max(ROW_MULTIPLE, chunk_bytes // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+def fits_one_chunk(total: int, weight: Tensor, chunk_bytes: int) -> bool:
+    """Whether ``total`` rows, supervised or not, are one chunk: their gradient is no sum then."""
+    return total <= chunk_rows(weight, chunk_bytes)
+
+
+@cache
+def _multiplies_into_fp32(device_type: str) -> bool:
+    """Whether torch has 16-bit matrix products with an fp32 result there; CPUs have none."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = "aten::mm.dtype", "aten::addmm.dtype_out"
+    try:
+        return all(has(name, device_type.upper()) for name in names)
+    except RuntimeError:  # this torch does not know the overloads
+        return False
 
 
 class Head:
@@ -37,16 +62,17 @@ class Head:
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.needs, self.options, self.impl = needs, options, impl
-        accumulate = accumulation_dtype(hidden.dtype)
-        total, vocabulary = hidden.shape[0], weight.shape[0]
-        self.dhidden = hidden.new_zeros(hidden.shape if needs[0] else 0)
-        # Sums over chunks are held in fp32: bf16 loses a late chunk beside many earlier ones.
-        self.dweight = hidden.new_zeros(weight.shape if needs[1] else 0, dtype=accumulate)
-        self.dbias = hidden.new_zeros(vocabulary if needs[2] else 0, dtype=accumulate)
-        self.sums = [hidden.new_zeros((), dtype=accumulate) for _ in range(2)]
+        self.accumulate = accumulation_dtype(hidden.dtype)
+        # Pads (-1) write to a row of their own behind the last, so that nothing is added and the
+        # result has no order: adding by index would be atomic on a GPU.
+        total = hidden.shape[0] + 1
+        self.dhidden = hidden.new_zeros((total, hidden.shape[1]) if needs[0] else 0)
+        self.dweight = hidden.new_empty(0)
+        self.dbias = hidden.new_zeros(weight.shape[0] if needs[2] else 0, dtype=self.accumulate)
+        self.sums = [hidden.new_zeros((), dtype=self.accumulate) for _ in range(2)]
         self.per_row = [
             hidden.new_zeros(total, dtype=dtype)
-            for dtype in (accumulate, accumulate, torch.bool, accumulate)
+            for dtype in (self.accumulate, self.accumulate, torch.bool, self.accumulate)
         ]
 
     def run(
@@ -54,24 +80,28 @@ class Head:
     ) -> tuple[Tensor, ...]:
         """LossOutput's fields, then gradients of hidden, weight, bias (empty if not needed)."""
         check_values(labels, token_weights, self.weight.shape[0])
-        if rows is None:
-            rows = supervised_rows(labels, token_weights)
-        if rows.device.type == "cpu":
-            rows = self._check_rows(rows)
-        for chunk in rows.split(self._chunk_rows(chunk_bytes)):
+        self.one_chunk = fits_one_chunk(
+            len(labels) if rows is None else len(rows), self.weight, chunk_bytes
+        )
+        rows = self._checked(supervised_rows(labels, token_weights) if rows is None else rows)
+        if self.needs[1] and not self.one_chunk:
+            # Sums over chunks are held in fp32: bf16 loses a late chunk beside many earlier ones.
+            self.dweight = self.weight.new_zeros(self.weight.shape, dtype=self.accumulate)
+        for chunk in rows.split(chunk_rows(self.weight, chunk_bytes)):
             self._add_chunk(chunk, labels, token_weights)
-        return *self.sums, *self.per_row, self.dhidden, self.dweight, self.dbias
+        per_row = (out[:-1] for out in self.per_row)
+        return *self.sums, *per_row, self.dhidden[:-1], self.dweight, self.dbias
 
-    def _chunk_rows(self, chunk_bytes: int) -> int:
-        row_bytes = self.weight.shape[0] * self.hidden.element_size()
-        return max(ROW_MULTIPLE, chunk_bytes // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
-
-    def _check_rows(self, rows: Tensor) -> Tensor:
-        """The real rows, without the -1 that pad them."""
+    def _checked(self, rows: Tensor) -> Tensor:
+        """The rows; on the CPU only the real ones, without the -1 that pad them."""
+        total = self.hidden.shape[0]
+        if rows.device.type != "cpu":
+            torch._assert_async(((rows >= -1) & (rows < total)).all(), "rows must be in [-1, T)")
+            return rows
         rows = rows[rows != -1]
-        if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= self.hidden.shape[0]):
-            bad = rows[(rows < 0) | (rows >= self.hidden.shape[0])][0]
-            raise ValueError(f"rows must be in [-1, {self.hidden.shape[0]}), got {int(bad)}")
+        if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= total):
+            bad = rows[(rows < 0) | (rows >= total)][0]
+            raise ValueError(f"rows must be in [-1, {total}), got {int(bad)}")
         return rows
 
     def _add_chunk(self, rows: Tensor, labels: Tensor, token_weights: Tensor) -> None:
@@ -79,21 +109,57 @@ class Head:
         target = torch.where(rows >= 0, labels[index], IGNORE_INDEX)
         inputs = self.hidden[index]
         logits = torch.nn.functional.linear(inputs, self.weight, self.bias)
-        scored = score_rows(
+        scores = score_rows(
             logits, target, token_weights[index], self.options, any(self.needs), self.impl
         )
-        for total, value in zip(self.sums, scored[:2], strict=True):
+        for total, value in zip(self.sums, scores.sums(), strict=True):
             total += value
-        for out, value in zip(self.per_row, scored[2:], strict=True):
-            # A pad (-1) points at row 0 and holds 0: adding keeps what row 0 really has.
-            out.index_put_((index,), value, accumulate=True)
-        self._add_gradients(logits, inputs, index)
+        place = torch.where(rows >= 0, rows, self.hidden.shape[0])
+        for out, value in zip(self.per_row, scores[:4], strict=True):
+            out.index_copy_(0, place, value)
+        self._add_gradients(logits, inputs, scores, place)
 
-    def _add_gradients(self, dlogits: Tensor, inputs: Tensor, index: Tensor) -> None:
+    def _add_gradients(
+        self, dlogits: Tensor, inputs: Tensor, scores: RowScores, place: Tensor
+    ) -> None:
+        """From d loss_sum / d logits, which may want the factor of each row (``RowScores``)."""
         need_dhidden, need_dweight, need_dbias = self.needs
+        factor = None if scores.factor is None else scores.factor[:, None]
         if need_dhidden:
-            self.dhidden.index_add_(0, index, dlogits @ self.weight)
+            dinputs = self._product(dlogits, self.weight, wide=factor is not None)
+            self.dhidden.index_copy_(0, place, self._times(dinputs, factor))
         if need_dweight:
-            self.dweight += dlogits.T @ inputs
+            self._add_dweight(dlogits, self._times(inputs, factor))
         if need_dbias:
-            self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
+            if factor is None:
+                self.dbias += dlogits.sum(0, dtype=self.accumulate)
+            else:
+                row = factor.T.to(dlogits.dtype)
+                self.dbias += self._product(row, dlogits, wide=True)[0]
+
+    def _times(self, x: Tensor, factor: Tensor | None) -> Tensor:
+        """x * factor, computed in fp32 and rounded once to the dtype of hidden."""
+        if factor is None:
+            return x
+        return torch.mul(x, factor, out=torch.empty_like(x, dtype=self.hidden.dtype))
+
+    def _product(self, a: Tensor, b: Tensor, wide: bool) -> Tensor:
+        """a @ b, with ``wide`` in fp32 where that costs no pass of its own."""
+        if wide and a.dtype != self.accumulate and _multiplies_into_fp32(a.device.type):
+            return torch.mm(a, b, out_dtype=self.accumulate)
+        return a @ b
+
+    def _add_dweight(self, dlogits: Tensor, inputs: Tensor) -> None:
+        if self.one_chunk:
+            self.dweight = dlogits.T @ inputs
+        elif inputs.device.type == "cpu":
+            self.dweight += dlogits.T @ inputs
+        elif inputs.dtype == self.accumulate:
+            self.dweight.addmm_(dlogits.T, inputs)
+        elif _multiplies_into_fp32(inputs.device.type):
+            # In the epilogue of the product: no (V, C) of its own, no sweep to add it.
+            torch.ops.aten.addmm.dtype_out(
+                self.dweight, dlogits.T, inputs, self.accumulate, out=self.dweight
+            )
+        else:
+            self.dweight += dlogits.T @ inputs

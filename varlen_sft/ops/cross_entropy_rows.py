@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from varlen_sft.reference import masked_cross_entropy
-from varlen_sft.types import IGNORE_INDEX, LossOptions, accumulation_dtype
+from varlen_sft.types import IGNORE_INDEX, LossOptions
 
 ROW_MULTIPLE = 128
 """Row counts are padded to it and chunks are multiples of it: few shapes, full tiles."""
@@ -39,6 +40,22 @@ def supervised_rows(labels: Tensor, token_weights: Tensor | None = None) -> Tens
     return torch.nn.functional.pad(rows, (0, -rows.shape[0] % ROW_MULTIPLE), value=-1)
 
 
+class RowScores(NamedTuple):
+    """What is known of each of n rows, in fp32 (fp64 for fp64); 0 where one is not supervised."""
+
+    loss: Tensor
+    lse: Tensor
+    correct: Tensor  # bool
+    entropy: Tensor
+    weight: Tensor  # of the row's target
+    factor: Tensor | None = None
+    """d loss_sum / d logits is this, by row, times what was left in logits; None: 1."""
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """loss_sum and weight_sum, added in an order that depends on n alone."""
+        return (self.loss * self.weight).sum(), self.weight.sum()
+
+
 def score_rows(
     logits: Tensor,  # (n, V), overwritten by its gradient when write_grad
     labels: Tensor,  # (n,) int64
@@ -46,25 +63,26 @@ def score_rows(
     options: list[float],  # softcap, logit_scale, label_smoothing, z_loss
     write_grad: bool,
     impl: str,
-) -> tuple[Tensor, ...]:
-    """Loss and metrics of each row: the fields of LossOutput, in its order.
+    cu_seqlens: Tensor | None = None,  # (B + 1,) int32, "cpp" only: labels, weights are unshifted
+) -> RowScores:
+    """Loss and metrics of each row, of labels and weights that ``check_values`` has let pass."""
+    if impl == "triton":
+        from varlen_sft.ops.cross_entropy_triton import score_rows_triton
 
-    Raises:
-        ValueError: on the CPU, a label outside [0, V) or a weight negative or not finite.
-    """
-    check_values(labels, weights, logits.shape[1])
-    dtype = accumulation_dtype(logits.dtype)
-    loss, lse, entropy = (torch.zeros_like(weights, dtype=dtype) for _ in range(3))
+        scored = score_rows_triton(logits, labels, weights, options, write_grad=write_grad)
+        return RowScores(*scored[:5], scored.factor)
+    loss, lse, entropy, counted = (torch.zeros_like(weights) for _ in range(4))
     correct = torch.zeros_like(labels, dtype=torch.bool)
     if impl == "cpp":
         torch.ops.varlen_sft_c.ce_rows(
-            logits, labels, weights, loss, lse, correct, entropy, *options, write_grad
-        )
+            logits, labels, weights, cu_seqlens, loss, lse, correct, entropy, counted, *options,
+            write_grad,
+        )  # fmt: skip
     else:
         _eager_rows(logits, labels, weights, (loss, lse, correct, entropy), options, write_grad)
-    supervised = (labels != IGNORE_INDEX) & (weights > 0)
-    counted = torch.where(supervised, weights, 0)
-    return (loss * counted).sum(), counted.sum(), loss, lse, correct, entropy
+        supervised = (labels != IGNORE_INDEX) & (weights > 0)
+        counted = torch.where(supervised, weights, 0)
+    return RowScores(loss, lse, correct, entropy, counted)
 
 
 def _eager_rows(logits, labels, weights, outputs, options: list[float], write_grad: bool) -> None:

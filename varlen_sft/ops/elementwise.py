@@ -144,6 +144,7 @@ def _(dout, x, weight, rstd, dsum):
 def _norm_setup(ctx, inputs, output) -> None:
     x, weight, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, output[1])
 
 
@@ -159,12 +160,15 @@ _rms_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
 def _add_norm_setup(ctx, inputs, output) -> None:
     _, total, rstd = output
     ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)  # no zeros for a sum that nobody reads
     ctx.save_for_backward(total, inputs[2], rstd)
 
 
-def _add_norm_backward(ctx, dout: Tensor, dtotal: Tensor, _):
+def _add_norm_backward(ctx, dout: Tensor | None, dtotal: Tensor | None, _):
+    if dout is None:
+        return dtotal, dtotal, None, None
     dx, dweight = torch.ops.varlen_sft.rms_norm_cpu_backward(
-        _dense(dout), *ctx.saved_tensors, _dense(dtotal)
+        _dense(dout), *ctx.saved_tensors, None if dtotal is None else _dense(dtotal)
     )
     return dx, dx, dweight, None
 
