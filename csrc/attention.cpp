@@ -49,25 +49,6 @@ namespace {
 
 using Kernel = void (*)(const AttentionArgs&, const AttentionTask&, void*);
 
-template <typename T>
-Kernel best_kernel(bool backward) {
-#if defined(VARLEN_X86)
-  if constexpr (std::is_same_v<T, c10::BFloat16>)
-    if (has_tiles())
-      return backward ? &amx::attention_backward<T> : &amx::attention_forward<T>;
-#endif
-  return backward ? VARLEN_BEST(attention_backward<T>) : VARLEN_BEST(attention_forward<T>);
-}
-
-template <typename T>
-int64_t scratch_bytes(int64_t keys, int64_t head_dim, bool backward) {
-#if defined(VARLEN_X86)
-  if constexpr (std::is_same_v<T, c10::BFloat16>)
-    if (has_tiles()) return amx::attention_scratch<T>(keys, head_dim, backward);
-#endif
-  return (VARLEN_BEST(attention_scratch<T>))(keys, head_dim, backward);
-}
-
 // Dearest first, and each thread takes the next when it is free: sequences differ in length.
 void run_tasks(const AttentionArgs& args, std::vector<AttentionTask> tasks, Kernel kernel,
                int64_t scratch) {
@@ -147,8 +128,10 @@ void run(const AttentionArgs& args, const Tensor& q, const Tensor& k, const Tens
   int64_t longest = 0;
   for (const auto& task : tasks) longest = std::max(longest, task.k_end - task.k_begin);
   dispatch_floating(q.scalar_type(), [&]<typename T>() {
-    run_tasks(args, std::move(tasks), best_kernel<T>(backward),
-              scratch_bytes<T>(longest, args.head_dim, backward));
+    const Kernel kernel = backward ? VARLEN_BEST_FOR(T, attention_backward<T>)
+                                   : VARLEN_BEST_FOR(T, attention_forward<T>);
+    const auto scratch = VARLEN_BEST_FOR(T, attention_scratch<T>);
+    run_tasks(args, std::move(tasks), kernel, scratch(longest, args.head_dim, backward));
   });
 }
 

@@ -7,7 +7,7 @@ namespace VARLEN_ISA {
 // What a query's probabilities and their gradients are relative to.
 template <typename T>
 struct QueryStatistics {
-  Vec<T> lse[2], delta[2];  // delta = sum of out * dout
+  Vec<T> lse[2], delta[2];  // lse in units of log2; delta = sum of out * dout
 };
 
 template <typename T>
@@ -18,7 +18,8 @@ static QueryStatistics<T> statistics_of(const AttentionArgs& args, const Scratch
   const C* lse = static_cast<const C*>(args.lse) + head * args.tokens + row0;
   QueryStatistics<T> stats{};
   for (int64_t u = 0; u < 2; ++u) {
-    if (n > u * W) stats.lse[u] = load_upto<C>(lse + u * W, n - u * W);
+    if (n > u * W)
+      stats.lse[u] = load_upto<C>(lse + u * W, n - u * W) * static_cast<C>(kLog2E);
     for (int64_t d = 0; d < width / kPair; ++d) {
       const int64_t at = d * kQueries<T> + u * W;
       stats.delta[u] = add_products(stats.delta[u], s.out.turned + at, s.dout.turned + at);
@@ -27,21 +28,25 @@ static QueryStatistics<T> statistics_of(const AttentionArgs& args, const Scratch
   return stats;
 }
 
-// From products to probabilities P and gradients of the products dS, in the forms of A and of B.
+// From products to probabilities P and gradients of the scores dS, in the forms of A and of B. The
+// scale between products and scores is left to the end, to dq and dk.
 template <typename T>
 static void gradient_strip(const AttentionArgs& args, const Sight<T>& sight, int64_t key0,
                            int64_t n, const QueryStatistics<T>& stats, Scratch<T>& s) {
   constexpr int64_t W = kLanes<T>, Q = kQueries<T>;
+  const Vec<T> factor = log2_factor<T>(args);
   for (int64_t row = 0; row < n; row += 2) {
-    Vec<T> p[2][2], ds[2][2], slope;
+    Vec<T> p[2][2], ds[2][2];
     for (int64_t r = 0; r < 2; ++r) {
       const int64_t key = key0 + row + r;
       const bool everyone = sight.everyone(key);
       for (int64_t u = 0; u < 2; ++u) {
         const int64_t at = (row + r) * Q + u * W;
-        const Vec<T> x = scaled<T>(load(s.scores + at), args, slope);
-        p[r][u] = exp_of<T>(x - stats.lse[u]);
-        ds[r][u] = p[r][u] * (load(s.dscores + at) - stats.delta[u]) * slope;
+        Vec<T> x = load(s.scores + at), slope = {};
+        if (args.softcap != 0) x = capped<T>(x, args, slope);
+        p[r][u] = exp2_nonpositive(fma(x, factor, -stats.lse[u]));
+        ds[r][u] = p[r][u] * (load(s.dscores + at) - stats.delta[u]);
+        if (args.softcap != 0) ds[r][u] *= slope;
         if (everyone) continue;
         p[r][u] = sight.choose(key, u, p[r][u], Vec<T>{});
         ds[r][u] = sight.choose(key, u, ds[r][u], Vec<T>{});
@@ -84,7 +89,7 @@ static void backward_block(const AttentionArgs& args, const AttentionTask& task,
              true);
   }
   transpose(s.sum_rows, w, s.sum_turned, Q, w, Q);
-  unpack_rows<T>(args.dq, head, row0, s.sum_rows, n, args.head_dim, w);
+  unpack_rows<T>(args.dq, head, row0, s.sum_rows, n, args.head_dim, w, args.scale);
 }
 
 template <typename T>
@@ -99,8 +104,11 @@ void attention_backward(const AttentionArgs& args, const AttentionTask& task, vo
   for (int64_t head = task.kv_head * args.group; head < (task.kv_head + 1) * args.group; ++head)
     for (int64_t q0 = 0; q0 < g.queries; q0 += kQueries<T>)
       backward_block<T>(args, task, g, s, head, q0);
-  unpack_rows<T>(args.dk, task.kv_head, task.k_begin, s.dk, g.keys, args.head_dim, g.width);
-  unpack_rows<T>(args.dv, task.kv_head, task.k_begin, s.dv, g.keys, args.head_dim, g.width);
+  const auto unpack = [&](const AttentionHeads& to, const Compute<T>* sum, double factor) {
+    unpack_rows<T>(to, task.kv_head, task.k_begin, sum, g.keys, args.head_dim, g.width, factor);
+  };
+  unpack(args.dk, s.dk, args.scale);
+  unpack(args.dv, s.dv, 1);
 }
 
 }  // namespace VARLEN_ISA

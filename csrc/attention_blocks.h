@@ -50,14 +50,16 @@ static void pack_rows(Packed<T>* to, const AttentionHeads& from, int64_t head, i
   std::memset(static_cast<void*>(to + n * width), 0, (n_padded - n) * width * sizeof(Packed<T>));
 }
 
-// Rows written back in T; of a padded row of `width` numbers only the first head_dim are real.
+// Rows times factor written back in T; of a padded row of `width` numbers only the first head_dim are real.
 template <typename T>
 static void unpack_rows(const AttentionHeads& to, int64_t head, int64_t begin,
-                        const Compute<T>* from, int64_t n, int64_t head_dim, int64_t width) {
+                        const Compute<T>* from, int64_t n, int64_t head_dim, int64_t width,
+                        double factor) {
+  const Vec<T> times = splat<T>(static_cast<Compute<T>>(factor));
   for (int64_t row = 0; row < n; ++row) {
     T* target = to.row<T>(begin + row, head);
     for (int64_t d = 0; d < head_dim; d += kLanes<T>)
-      store_upto(target + d, head_dim - d, load(from + row * width + d));
+      store_upto(target + d, head_dim - d, load(from + row * width + d) * times);
   }
 }
 

@@ -129,27 +129,25 @@ struct Sight {
   }
 };
 
-// The score as the softmax takes it; slope is its derivative by the product q k.
+// Scores in units of log2, so that a probability is 2^(factor * product - maximum) by one fma. With
+// a softcap they are made by `capped` first, and factor is 1.
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
 template <typename T>
-VEC_FN Vec<T> scaled(Vec<T> product, const AttentionArgs& args, Vec<T>& slope) {
+VEC_FN Vec<T> log2_factor(const AttentionArgs& args) {
+  return splat<T>(static_cast<Compute<T>>(args.softcap == 0 ? args.scale * kLog2E : 1.0));
+}
+// slope: the derivative of the capped score by the one before it.
+template <typename T>
+VEC_FN Vec<T> capped(Vec<T> product, const AttentionArgs& args, Vec<T>& slope) {
   using C = Compute<T>;
-  const C scale = static_cast<C>(args.scale);
-  slope = splat<T>(scale);
-  const Vec<T> x = product * scale;
-  if (args.softcap == 0) [[likely]] return x;
-  const C cap = static_cast<C>(args.softcap);
-  const Vec<T> capped = cap * tanh(x / cap, slope);
-  slope = slope * scale;
-  return capped;
+  const Vec<T> x = product * static_cast<C>(args.scale / args.softcap);
+  return tanh(x, slope) * static_cast<C>(args.softcap * kLog2E);
 }
 
-template <typename T>
-VEC_FN Vec<T> exp_of(Vec<T> d) {
-  return exp_nonpositive(max_keep(splat<T>(kExpFloor<T>), d));
-}
-
-// Below every score; what hidden scores are is still far below, so that their exp is exactly 0.
-constexpr float kLowest = -1e30f, kHidden = -3e38f;
+// Below every score, and where it is the maximum of a query, 2^(score - it) overflows nothing: such
+// a query has seen no key yet.
+constexpr float kLowest = -1e30f;
 
 template <typename T>
 struct RunningSoftmax {
@@ -161,28 +159,33 @@ template <typename T>
 static void softmax_strip(const AttentionArgs& args, const Sight<T>& sight, int64_t key0, int64_t n,
                           Compute<T>* scores, Word<T>* words, RunningSoftmax<T>& state) {
   constexpr int64_t W = kLanes<T>, Q = kQueries<T>;
+  const Vec<T> factor = log2_factor<T>(args), lowest = splat<T>(kLowest);
   Vec<T> top[2] = {state.top[0], state.top[1]}, slope;
   for (int64_t row = 0; row < n; ++row) {
     const bool everyone = sight.everyone(key0 + row);
     for (int64_t u = 0; u < 2; ++u) {
-      Vec<T> s = scaled<T>(load(scores + row * Q + u * W), args, slope);
-      if (!everyone) s = sight.choose(key0 + row, u, s, splat<T>(kHidden));
-      store(scores + row * Q + u * W, s);
+      Compute<T>* place = scores + row * Q + u * W;
+      if (args.softcap != 0) store(place, capped<T>(load(place), args, slope));
+      Vec<T> s = load(place) * factor;
+      if (!everyone) s = sight.choose(key0 + row, u, s, lowest);
       top[u] = max_keep(top[u], s);
     }
   }
   Vec<T> sum[2] = {};
   for (int64_t row = 0; row < n; row += 2) {
     Vec<T> p[2][2];
-    for (int64_t r = 0; r < 2; ++r)
+    for (int64_t r = 0; r < 2; ++r) {
+      const bool everyone = sight.everyone(key0 + row + r);
       for (int64_t u = 0; u < 2; ++u) {
-        p[r][u] = exp_of<T>(load(scores + (row + r) * Q + u * W) - top[u]);
+        p[r][u] = exp2_nonpositive(fma(load(scores + (row + r) * Q + u * W), factor, -top[u]));
+        if (!everyone) p[r][u] = sight.choose(key0 + row + r, u, p[r][u], Vec<T>{});
         sum[u] += p[r][u];
       }
+    }
     store_words<T>(words + row / kPair * Q, p[0], p[1]);
   }
   for (int64_t u = 0; u < 2; ++u) {
-    state.shrink[u] = exp_of<T>(state.top[u] - top[u]);
+    state.shrink[u] = exp2_nonpositive(state.top[u] - top[u]);
     state.sum[u] = state.sum[u] * state.shrink[u] + sum[u];
     state.top[u] = top[u];
   }
@@ -223,11 +226,12 @@ static void forward_block(const AttentionArgs& args, const AttentionTask& task,
   for (int64_t u = 0; u < 2; ++u) {
     inverse[u] = state.sum[u] > 0 ? 1 / state.sum[u] : Vec<T>{};  // a query without keys gives 0
     for (int64_t i = 0; i < W && u * W + i < n; ++i)
-      lse[u * W + i] = state.sum[u][i] > 0 ? state.top[u][i] + std::log(state.sum[u][i]) : 0;
+      lse[u * W + i] =
+          state.sum[u][i] > 0 ? (state.top[u][i] + std::log2(state.sum[u][i])) * kLn2 : 0;
   }
   scale_lanes<T>(s.sum_turned, g.width, inverse);
   transpose(s.sum_rows, g.width, s.sum_turned, Q, g.width, Q);
-  unpack_rows<T>(args.out, head, row0, s.sum_rows, n, args.head_dim, g.width);
+  unpack_rows<T>(args.out, head, row0, s.sum_rows, n, args.head_dim, g.width, 1);
 }
 
 // Keys by rows; values transposed, or for the backward keys transposed and values by rows.

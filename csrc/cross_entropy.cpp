@@ -75,15 +75,6 @@ void check_options(const CeOptions& options) {
 
 using Kernel = void (*)(const CeArgs&, void*, int64_t, int64_t);
 
-template <typename T, bool plain>
-Kernel best_kernel() {
-#if defined(VARLEN_X86)
-  if constexpr (std::is_same_v<T, c10::BFloat16>)
-    if (has_tiles()) return &amx::ce_rows_range<T, plain>;  // these CPUs round to bf16 themselves
-#endif
-  return VARLEN_BEST(ce_rows_range<T, plain>);
-}
-
 // A row of exps (fp64 at most) and the maxima of its blocks.
 std::unique_ptr<double[]> row_memory(int64_t vocab) {
   const int64_t padded = padded_vocab(vocab);
@@ -95,7 +86,8 @@ void run_ce_rows(const CeArgs& args) {
   const CeOptions& options = args.options;
   const bool plain =
       options.softcap == 0 && options.label_smoothing == 0 && options.z_loss == 0;
-  const Kernel kernel = plain ? best_kernel<T, true>() : best_kernel<T, false>();
+  const Kernel kernel = plain ? VARLEN_BEST_FOR(T, ce_rows_range<T, true>)
+                              : VARLEN_BEST_FOR(T, ce_rows_range<T, false>);
   torch::stable::parallel_for(0, args.rows, kGrain / (options.vocab + 1) + 1,
                               [&](int64_t begin, int64_t end) {
                                 kernel(args, row_memory(options.vocab).get(), begin, end);

@@ -134,3 +134,16 @@ inline bool has_tiles() {
 #else
 #define VARLEN_BEST(...) (&baseline::__VA_ARGS__)
 #endif
+
+// The same for a kernel of dtype T that exists for AMX too: these CPUs also round to bf16 in one
+// instruction, so that a bf16 kernel need not use tiles to gain.
+#if defined(VARLEN_WITH_AMX) && defined(VARLEN_X86)
+#define VARLEN_BEST_FOR(T, ...)                                        \
+  ([] {                                                                \
+    if constexpr (std::is_same_v<T, c10::BFloat16>)                    \
+      if (has_tiles()) return &amx::__VA_ARGS__;                       \
+    return VARLEN_BEST(__VA_ARGS__);                                   \
+  }())
+#else
+#define VARLEN_BEST_FOR(T, ...) VARLEN_BEST(__VA_ARGS__)
+#endif

@@ -38,6 +38,7 @@ struct SiluMulArgs {
 }  // namespace
 }  // namespace varlen_sft
 
+#define VARLEN_WITH_AMX 1
 #define VARLEN_KERNELS "elementwise_kernels.h"
 #include "each_isa.h"
 
@@ -96,7 +97,7 @@ void rms_norm_forward(const Tensor& out, const Tensor& rstd, const Tensor& x, co
     args.sum_out = data<void>(*sum);
   }
   dispatch_floating(x.scalar_type(), [&]<typename T>() {
-    auto kernel = VARLEN_BEST(rms_norm_rows<T>);
+    auto kernel = VARLEN_BEST_FOR(T, rms_norm_rows<T>);
     torch::stable::parallel_for(0, args.rows, kGrain / (args.channels + 1) + 1,
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
@@ -117,7 +118,7 @@ void run_norm_backward(RmsNormArgs args, const Tensor& dweight) {
   const int64_t blocks = (args.rows + kBlockRows - 1) / kBlockRows;
   std::vector<C> partial(blocks * args.channels);
   args.partial = partial.data();
-  auto kernel = VARLEN_BEST(rms_norm_backward_blocks<T>);
+  auto kernel = VARLEN_BEST_FOR(T, rms_norm_backward_blocks<T>);
   torch::stable::parallel_for(0, blocks, kGrain / (args.channels * kBlockRows + 1) + 1,
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   reduce_partials(partial.data(), blocks, args.channels, data<C>(dweight));
@@ -161,7 +162,7 @@ void silu_mul_forward(const Tensor& out, const Tensor& gate_up) {
   const SiluMulArgs args{data<const void>(gate_up), nullptr, data<void>(out), width,
                          gate_up.stride(0),         0,       out.stride(0)};
   dispatch_floating(gate_up.scalar_type(), [&]<typename T>() {
-    auto kernel = VARLEN_BEST(silu_mul_rows<T>);
+    auto kernel = VARLEN_BEST_FOR(T, silu_mul_rows<T>);
     torch::stable::parallel_for(0, rows, kGrain / (2 * width + 1) + 1,
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
@@ -178,7 +179,7 @@ void silu_mul_backward(const Tensor& dgate_up, const Tensor& dout, const Tensor&
                          gate_up.stride(0),         dout.stride(0),
                          dgate_up.stride(0)};
   dispatch_floating(gate_up.scalar_type(), [&]<typename T>() {
-    auto kernel = VARLEN_BEST(silu_mul_backward_rows<T>);
+    auto kernel = VARLEN_BEST_FOR(T, silu_mul_backward_rows<T>);
     torch::stable::parallel_for(0, rows, kGrain / (2 * width + 1) + 1,
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });

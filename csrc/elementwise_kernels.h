@@ -122,7 +122,7 @@ template <typename V>
 VEC_FN void sigmoids(V v, V& of_v, V& of_minus_v) {
   using C = std::remove_cvref_t<decltype(v[0])>;
   const V e = exp_nonpositive(max_keep(V{} + kExpFloor<C>, -absolute(v)));
-  const V large = 1 / (1 + e), small = e * large;
+  const V large = reciprocal(1 + e), small = e * large;
   of_v = v < 0 ? small : large;
   of_minus_v = v < 0 ? large : small;
 }

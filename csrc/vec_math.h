@@ -110,7 +110,12 @@ VEC_FN void store(Half* p, VecF v) {
 template <typename T>
 VEC_FN Vec<T> round_to(Vec<T> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
+#if defined(VARLEN_AMX)
+    const __m256bh bits = _mm512_cvtneps_pbh((__m512)v);
+    return (VecF)(widen((VecHalf)bits) << 16);
+#else
     return (VecF)(bf16_bits(v) & 0xffff0000u);
+#endif
   } else if constexpr (std::is_same_v<T, Half>) {
     Half rounded[kLanes<T>];
     store(rounded, v);
@@ -208,6 +213,45 @@ VEC_FN VecD exp_nonpositive(VecD d) {
     d[i] = d[i] <= kExpFloor<double> ? 0.0 : std::exp(d[i]);
   return d;
 }
+
+// 2^t for t up to 1; exactly 0 up to kExp2Floor; NaN stays NaN. The polynomial of exp_remainder in
+// units of log2: within 2 ulp, and two instructions less where t comes out of an fma.
+constexpr float kExp2Floor = -126.0f;
+VEC_FN VecF exp2_remainder(VecF r) {
+  VecF p = fma(r, VecF{} + 1.5320728e-4f, VecF{} + 1.3390364e-3f);
+  p = fma(r, p, VecF{} + 9.6186501e-3f);
+  p = fma(r, p, VecF{} + 5.5503289e-2f);
+  p = fma(r, p, VecF{} + 2.4022647e-1f);
+  return fma(r * r, p, fma(r, VecF{} + 0.69314718f, VecF{} + 1.0f));
+}
+VEC_FN VecF exp2_nonpositive(VecF t) {
+#if VARLEN_VECTOR_BYTES == 64
+  const __mmask16 above = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(kExp2Floor), _CMP_NLE_UQ);
+  const VecF n = (VecF)_mm512_maskz_roundscale_ps(kAllLanes, (__m512)t, _MM_FROUND_TO_NEAREST_INT);
+  return (VecF)_mm512_maskz_scalef_ps(above, (__m512)exp2_remainder(t - n), (__m512)n);
+#else
+  const VecF floored = max_keep(VecF{} + kExp2Floor, t);
+  const VecF shift = VecF{} + 12582912.0f;  // as in exp_nonpositive
+  const VecF shifted = floored + shift;
+  const VecF p = exp2_remainder(floored - (shifted - shift));
+  return t <= kExp2Floor ? VecF{} : (VecF)((VecU)p + ((VecU)shifted << 23));
+#endif
+}
+VEC_FN VecD exp2_nonpositive(VecD t) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) t[i] = std::exp2(t[i]);
+  return t;
+}
+
+// 1 / v for v in [1, 2], within 1 ulp: a division takes a third of the time of a SiLU.
+VEC_FN VecF reciprocal(VecF v) {
+#if VARLEN_VECTOR_BYTES == 64
+  const VecF guess = (VecF)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)v);
+  return fma(guess, fma(-v, guess, VecF{} + 1.0f), guess);
+#else
+  return 1.0f / v;
+#endif
+}
+VEC_FN VecD reciprocal(VecD v) { return 1.0 / v; }
 
 VEC_FN VecF absolute(VecF v) { return (VecF)((VecU)v & 0x7fffffffu); }
 VEC_FN VecD absolute(VecD v) { return v < 0 ? -v : v; }
