@@ -25,7 +25,7 @@ struct AttentionHeads {
 
 struct AttentionArgs {
   AttentionHeads q, k, v, out, dout, dq, dk, dv;
-  void* lse;                       // (H, tokens)
+  void* lse;                       // (H, tokens), to the base 2
   int64_t tokens, group, head_dim;  // group: query heads of a kv head
   int64_t window;                  // keys that a query sees, itself counted; 0: all before it
   double scale, softcap;           // softcap 0: none
@@ -131,7 +131,7 @@ void run(const AttentionArgs& args, const Tensor& q, const Tensor& k, const Tens
     const Kernel kernel = backward ? VARLEN_BEST_FOR(T, attention_backward<T>)
                                    : VARLEN_BEST_FOR(T, attention_forward<T>);
     const auto scratch = VARLEN_BEST_FOR(T, attention_scratch<T>);
-    run_tasks(args, std::move(tasks), kernel, scratch(longest, args.head_dim, backward));
+    run_tasks(args, std::move(tasks), kernel, scratch(longest, args.head_dim, backward ? args.group : 0));
   });
 }
 

@@ -27,6 +27,9 @@ constexpr int64_t kQueries = 2 * kLanes<T>;
 constexpr int64_t kTile = 32;
 // Keys whose scores exist at a time: with kQueries lanes they stay in L1 and L2.
 constexpr int64_t kStrip = 256;
+// Heads whose queries the backward takes together: gradients of keys and values, which all of them
+// add to, are then read and written once for all.
+constexpr int64_t kStack = 4;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -194,9 +197,9 @@ VEC_FN __m512i bf16_row(const VecF* row) {
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)row[1], (__m512)row[0]);
 }
 template <typename T>
-VEC_FN void store_rows(uint16_t* to, const VecF* even, const VecF* odd) {
-  const __m512i rows[2] = {bf16_row(even), bf16_row(odd)};
-  std::memcpy(to, rows, sizeof rows);
+VEC_FN void store_rows(uint16_t* to, int64_t stride, const VecF* even, const VecF* odd) {
+  _mm512_storeu_si512(to, bf16_row(even));
+  _mm512_storeu_si512(to + stride, bf16_row(odd));
 }
 template <typename T>
 VEC_FN void store_words(uint32_t* to, const VecF* even, const VecF* odd) {
@@ -221,7 +224,8 @@ VEC_FN VecF add_products(VecF c, const uint32_t* a, const uint32_t* b) {
 
 struct Tiles {};
 
-// Eight rows of A against two vectors of B: sixteen sums in registers hide the latency of fma.
+// Eight rows of A against two vectors of B: sixteen sums in registers hide the latency of fma. They
+// begin at 0, also to accumulate: sums of blocks round less than one long chain.
 template <typename C>
 static __attribute__((noinline)) void multiply(C* c, int64_t c_stride, const C* a,
                                                int64_t a_stride, const C* b, int64_t b_stride,
@@ -229,13 +233,9 @@ static __attribute__((noinline)) void multiply(C* c, int64_t c_stride, const C* 
   constexpr int64_t W = kLanes<C>, kRows = VARLEN_VECTOR_BYTES == 64 ? 8 : 4;
   for (int64_t j = 0; j < n; j += 2 * W)
     for (int64_t i = 0; i < m; i += kRows) {
-      Vec<C> sum[kRows][2];
+      Vec<C> sum[kRows][2] = {};
       const C* left = a + i * a_stride;
       C* block = c + i * c_stride + j;
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < kRows; ++r)
-        for (int64_t u = 0; u < 2; ++u)
-          sum[r][u] = accumulate ? load(block + r * c_stride + u * W) : Vec<C>{};
       for (int64_t p = 0; p < k; ++p) {
         const Vec<C> right[2] = {load(b + p * b_stride + j), load(b + p * b_stride + j + W)};
 #pragma GCC unroll 8
@@ -247,20 +247,23 @@ static __attribute__((noinline)) void multiply(C* c, int64_t c_stride, const C* 
       }
 #pragma GCC unroll 8
       for (int64_t r = 0; r < kRows; ++r)
-        for (int64_t u = 0; u < 2; ++u) store(block + r * c_stride + u * W, sum[r][u]);
+        for (int64_t u = 0; u < 2; ++u) {
+          C* place = block + r * c_stride + u * W;
+          store(place, accumulate ? load(place) + sum[r][u] : sum[r][u]);
+        }
     }
 }
 
 template <typename T>
-VEC_FN void store_rows(Compute<T>* to, const Vec<T>* even, const Vec<T>* odd) {
+VEC_FN void store_rows(Compute<T>* to, int64_t stride, const Vec<T>* even, const Vec<T>* odd) {
   for (int64_t u = 0; u < 2; ++u) {
     store(to + u * kLanes<T>, even[u]);
-    store(to + kQueries<T> + u * kLanes<T>, odd[u]);
+    store(to + stride + u * kLanes<T>, odd[u]);
   }
 }
 template <typename T>
 VEC_FN void store_words(Compute<T>* to, const Vec<T>* even, const Vec<T>* odd) {
-  store_rows<T>(to, even, odd);
+  store_rows<T>(to, kQueries<T>, even, odd);
 }
 template <typename C>
 VEC_FN Vec<C> add_products(Vec<C> c, const C* a, const C* b) {

@@ -14,7 +14,7 @@ struct Arena {
   uintptr_t base;
   int64_t used = 0;
   template <typename U>
-  U* take(int64_t n) {
+  U* take(int64_t n) {  // n may be 0
     U* p = reinterpret_cast<U*>(base + used);
     used += round_up(n * static_cast<int64_t>(sizeof(U)), 64);
     return p;
@@ -32,26 +32,31 @@ struct Geometry {
         width(round_up(head_dim, kTile)) {}
 };
 
-// One block of queries: its rows, and the forms in which products need them.
+// Blocks of queries of up to kStack heads: their rows, and the forms in which products need them.
+// Rows and words of all heads follow each other.
 template <typename T>
-struct QueryBlock {
-  Packed<T>* rows;       // (kQueries, width)
-  Word<T>* turned;       // (width / kPair, kQueries)
-  Word<T>* paired;       // (kQueries / kPair, width)
-  const Word<T>* words;  // paired, or the rows themselves
+struct QueryBlocks {
+  int64_t width;
+  Packed<T>* rows;  // (stack, kQueries, width)
+  Word<T>* turned;  // (stack, width / kPair, kQueries)
+  Word<T>* paired;  // (stack, kQueries / kPair, width)
 
-  QueryBlock(Arena& arena, int64_t width)
-      : rows(arena.take<Packed<T>>(kQueries<T> * width)),
-        turned(arena.take<Word<T>>(kQueries<T> * width)),
-        paired(arena.take<Word<T>>(kQueries<T> * width)),
-        words(nullptr) {}
+  QueryBlocks(Arena& arena, int64_t stack, int64_t width)
+      : width(width),
+        rows(arena.take<Packed<T>>(stack * kQueries<T> * width)),
+        turned(arena.take<Word<T>>(stack * kQueries<T> * width / kPair)),
+        paired(kPair > 1 ? arena.take<Word<T>>(stack * kQueries<T> * width / kPair)
+                         : reinterpret_cast<Word<T>*>(rows)) {}
 
-  void read(const AttentionHeads& from, int64_t head, int64_t begin, int64_t n, int64_t head_dim,
-            int64_t width, bool pair) {
-    pack_rows<T>(rows, from, head, begin, n, kQueries<T>, head_dim, width);
-    transpose(turned, kQueries<T>, reinterpret_cast<const Word<T>*>(rows), width / kPair,
+  Word<T>* turned_of(int64_t i) const { return turned + i * kQueries<T> * width / kPair; }
+
+  void read(int64_t i, const AttentionHeads& from, int64_t head, int64_t begin, int64_t n,
+            int64_t head_dim, bool pair) {
+    Packed<T>* own = rows + i * kQueries<T> * width;
+    pack_rows<T>(own, from, head, begin, n, kQueries<T>, head_dim, width);
+    transpose(turned_of(i), kQueries<T>, reinterpret_cast<const Word<T>*>(own), width / kPair,
               kQueries<T>, width / kPair);
-    if (pair) words = pair_rows<T>(paired, rows, kQueries<T>, width);
+    if (pair) pair_rows<T>(paired + i * kQueries<T> * width / kPair, own, kQueries<T>, width);
   }
 };
 
@@ -60,34 +65,34 @@ struct Scratch {
   using C = Compute<T>;
   Packed<T>*k_rows, *v_rows, *turned;
   Word<T>* paired;
-  QueryBlock<T> q, dout, out;
+  QueryBlocks<T> q, dout, out;
   C *scores, *dscores, *sum_turned, *sum_rows, *dk, *dv;
-  Packed<T>*p_rows, *ds_rows;
+  Packed<T>*p_rows, *ds_rows;  // (kStrip, stack * kQueries)
   Word<T>* words;
 
-  Scratch(Arena& arena, const Geometry<T>& g, bool backward)
+  Scratch(Arena& arena, const Geometry<T>& g, int64_t stack)
       : k_rows(arena.take<Packed<T>>(g.keys_padded * g.width)),
         v_rows(arena.take<Packed<T>>(g.keys_padded * g.width)),
         turned(arena.take<Packed<T>>(g.turned_stride * g.width)),
         paired(arena.take<Word<T>>(g.keys_padded * g.width / kPair)),
-        q(arena, g.width),
-        dout(arena, g.width),
-        out(arena, g.width),
+        q(arena, std::max<int64_t>(1, stack), g.width),
+        dout(arena, stack, g.width),
+        out(arena, stack ? 1 : 0, g.width),
         scores(arena.take<C>(kStrip * kQueries<T>)),
-        dscores(arena.take<C>(kStrip * kQueries<T>)),
-        sum_turned(arena.take<C>(kQueries<T> * g.width)),
+        dscores(arena.take<C>(stack ? kStrip * kQueries<T> : 0)),
+        sum_turned(arena.take<C>(std::max<int64_t>(1, stack) * kQueries<T> * g.width)),
         sum_rows(arena.take<C>(kQueries<T> * g.width)),
-        dk(arena.take<C>(backward ? g.keys_padded * g.width : 0)),
-        dv(arena.take<C>(backward ? g.keys_padded * g.width : 0)),
-        p_rows(arena.take<Packed<T>>(kStrip * kQueries<T>)),
-        ds_rows(arena.take<Packed<T>>(kStrip * kQueries<T>)),
-        words(arena.take<Word<T>>(kStrip * kQueries<T>)) {}
+        dk(arena.take<C>(stack ? g.keys_padded * g.width : 0)),
+        dv(arena.take<C>(stack ? g.keys_padded * g.width : 0)),
+        p_rows(arena.take<Packed<T>>(stack * kStrip * kQueries<T>)),
+        ds_rows(arena.take<Packed<T>>(stack * kStrip * kQueries<T>)),
+        words(arena.take<Word<T>>(kStrip * kQueries<T> / kPair)) {}
 };
 
 template <typename T>
-int64_t attention_scratch(int64_t keys, int64_t head_dim, bool backward) {
+int64_t attention_scratch(int64_t keys, int64_t head_dim, int64_t stack) {
   Arena arena{0};
-  Scratch<T>(arena, Geometry<T>(0, keys, head_dim), backward);
+  Scratch<T>(arena, Geometry<T>(0, keys, head_dim), std::min(kStack, stack));
   return arena.used;
 }
 
@@ -131,7 +136,7 @@ struct Sight {
 
 // Scores in units of log2, so that a probability is 2^(factor * product - maximum) by one fma. With
 // a softcap they are made by `capped` first, and factor is 1.
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2E = 1.4426950408889634;
 
 template <typename T>
 VEC_FN Vec<T> log2_factor(const AttentionArgs& args) {
@@ -207,7 +212,7 @@ static void forward_block(const AttentionArgs& args, const AttentionTask& task,
   constexpr int64_t W = kLanes<T>, Q = kQueries<T>;
   using C = Compute<T>;
   const int64_t n = std::min(Q, g.queries - q0), row0 = task.q_begin + q0;
-  s.q.read(args.q, head, row0, n, args.head_dim, g.width, false);
+  s.q.read(0, args.q, head, row0, n, args.head_dim, false);
   std::memset(static_cast<void*>(s.sum_turned), 0, Q * g.width * sizeof(C));
   const Sight<T> sight(args, g, q0);
   const Vec<T> lowest = splat<T>(kLowest);
@@ -226,8 +231,7 @@ static void forward_block(const AttentionArgs& args, const AttentionTask& task,
   for (int64_t u = 0; u < 2; ++u) {
     inverse[u] = state.sum[u] > 0 ? 1 / state.sum[u] : Vec<T>{};  // a query without keys gives 0
     for (int64_t i = 0; i < W && u * W + i < n; ++i)
-      lse[u * W + i] =
-          state.sum[u][i] > 0 ? (state.top[u][i] + std::log2(state.sum[u][i])) * kLn2 : 0;
+      lse[u * W + i] = state.sum[u][i] > 0 ? state.top[u][i] + std::log2(state.sum[u][i]) : 0;
   }
   scale_lanes<T>(s.sum_turned, g.width, inverse);
   transpose(s.sum_rows, g.width, s.sum_turned, Q, g.width, Q);
@@ -254,7 +258,7 @@ template <typename T>
 void attention_forward(const AttentionArgs& args, const AttentionTask& task, void* memory) {
   const Geometry<T> g(task.q_end - task.q_begin, task.k_end - task.k_begin, args.head_dim);
   Arena arena{reinterpret_cast<uintptr_t>(memory)};
-  Scratch<T> s(arena, g, false);
+  Scratch<T> s(arena, g, 0);
   [[maybe_unused]] const Tiles tiles;
   pack_keys<T>(args, task, g, s, false);
   for (int64_t head = task.kv_head * args.group; head < (task.kv_head + 1) * args.group; ++head)

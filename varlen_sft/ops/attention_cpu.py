@@ -40,7 +40,7 @@ def _attention(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """out (T, H, D) and the log-sum-exp (H, T) of its scores; window 0 and softcap 0 mean none."""
+    """out (T, H, D) and log2 of the sums of exp(scores), (H, T); window 0, softcap 0: none."""
     out, lse = q.new_empty(q.shape), _new_lse(q)
     torch.ops.varlen_sft_c.attention_forward(
         out, lse, q, k, v, cu_seqlens, k_cu_seqlens, scale, window, softcap

@@ -56,6 +56,7 @@ def _(logits, labels, token_weights, options, need_grad, impl, cu_seqlens=None):
 
 def _masked_setup(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.save_for_backward(output[6])
 
 
@@ -117,6 +118,7 @@ def _(logits, targets, counted, state, lse, dloss, options):
 def _triton_setup(ctx, inputs, output) -> None:
     ctx.options = inputs[3]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     lse, kept = output[3], output[6:]
     ctx.save_for_backward(inputs[0], *kept, lse)
 
@@ -169,6 +171,7 @@ def _(hidden, weight, bias, labels, token_weights, rows, options, chunk_bytes, n
 def _linear_setup(ctx, inputs, output) -> None:
     ctx.dtype, ctx.needs = inputs[0].dtype, inputs[8:11]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.save_for_backward(*output[6:])
 
 
