@@ -45,7 +45,7 @@ static void gradient_strip(const AttentionArgs& args, const Sight<T>& sight, int
         const int64_t at = (row + r) * Q + u * W;
         Vec<T> x = load(s.scores + at), slope = {};
         if (args.softcap != 0) x = capped<T>(x, args, slope);
-        p[r][u] = exp2_nonpositive(fma(x, factor, -stats.lse[u]));
+        p[r][u] = exp2_of(fma(x, factor, -stats.lse[u]));
         ds[r][u] = p[r][u] * (load(s.dscores + at) - stats.delta[u]);
         if (args.softcap != 0) ds[r][u] *= slope;
         if (everyone) continue;

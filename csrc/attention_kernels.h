@@ -182,7 +182,7 @@ static void softmax_strip(const AttentionArgs& args, const Sight<T>& sight, int6
     for (int64_t r = 0; r < 2; ++r) {
       const bool everyone = sight.everyone(key0 + row + r);
       for (int64_t u = 0; u < 2; ++u) {
-        p[r][u] = exp2_nonpositive(fma(load(scores + (row + r) * Q + u * W), factor, -top[u]));
+        p[r][u] = exp2_of(fma(load(scores + (row + r) * Q + u * W), factor, -top[u]));
         if (!everyone) p[r][u] = sight.choose(key0 + row + r, u, p[r][u], Vec<T>{});
         sum[u] += p[r][u];
       }
@@ -190,7 +190,7 @@ static void softmax_strip(const AttentionArgs& args, const Sight<T>& sight, int6
     store_words<T>(words + row / kPair * Q, p[0], p[1]);
   }
   for (int64_t u = 0; u < 2; ++u) {
-    state.shrink[u] = exp2_nonpositive(state.top[u] - top[u]);
+    state.shrink[u] = exp2_of(state.top[u] - top[u]);
     state.sum[u] = state.sum[u] * state.shrink[u] + sum[u];
     state.top[u] = top[u];
   }

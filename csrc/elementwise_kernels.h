@@ -117,14 +117,17 @@ void rms_norm_backward_blocks(const RmsNormArgs& args, int64_t begin, int64_t en
   }
 }
 
-// sigmoid(v) and sigmoid(-v) = 1 - sigmoid(v), neither by a cancelling subtraction.
+template <typename V>
+constexpr std::conditional_t<std::is_same_v<V, VecD>, double, float> kMinusLog2E =
+    -1.4426950408889634;
+
+// sigmoid(v) = 1 / (1 + e) and sigmoid(-v) = e / (1 + e) with e = exp(-v), held below infinity;
+// neither by a cancelling subtraction.
 template <typename V>
 VEC_FN void sigmoids(V v, V& of_v, V& of_minus_v) {
-  using C = std::remove_cvref_t<decltype(v[0])>;
-  const V e = exp_nonpositive(max_keep(V{} + kExpFloor<C>, -absolute(v)));
-  const V large = reciprocal(1 + e), small = e * large;
-  of_v = v < 0 ? small : large;
-  of_minus_v = v < 0 ? large : small;
+  const V e = exp2_of(min_keep(V{} + kExp2Ceiling<V>, v * kMinusLog2E<V>));
+  of_v = reciprocal(1 + e);
+  of_minus_v = e * of_v;
 }
 
 // out = round(round(silu(gate)) * up); gate is the first half of a row of gate_up, up the second.
