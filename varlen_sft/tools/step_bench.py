@@ -37,6 +37,7 @@ from varlen_sft.tools.step_candidates import (
     chat_like_lengths,
     chat_like_samples,
 )
+from varlen_sft.train.memory import keep_freed_memory
 
 __all__ = ["CANDIDATES", "Candidate", "Floor", "HFPacked", "HFPadded", "Load", "Ours"]
 __all__ += ["LossesDisagree", "chat_like_lengths", "chat_like_samples", "check_losses"]
@@ -107,8 +108,10 @@ def interleaved(
     """Seconds of every step: round by round, each candidate once per round.
 
     Whatever else the machine does then falls on all of them; each round starts with another one, so
-    that none always follows the same neighbour.
+    that none always follows the same neighbour. Freed memory is kept for all of them alike: what
+    one step leaves to the next would otherwise depend on who ran between.
     """
+    keep_freed_memory()
     names = list(candidates)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + rounds):

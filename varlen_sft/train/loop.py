@@ -16,6 +16,7 @@ from varlen_sft.data.packing import plan_packs
 from varlen_sft.data.sample import Sample
 from varlen_sft.errors import RunError
 from varlen_sft.models.llama import LlamaForSFT
+from varlen_sft.train.memory import keep_freed_memory
 from varlen_sft.train.optimizer import MasterAdamW, cosine_with_warmup
 from varlen_sft.types import LossOutput
 
@@ -104,7 +105,7 @@ def train(
     max_tokens: int,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> list[StepRecord]:
-    """Train until the options say stop or the packs end.
+    """Train until the options say stop or the packs end. On a CPU see ``keep_freed_memory``.
 
     Args:
         model: trained in place.
@@ -116,6 +117,8 @@ def train(
     Raises:
         NotFinite: the loss is NaN or infinite.
     """
+    if next(model.parameters()).device.type == "cpu":
+        keep_freed_memory()
     optimizer = MasterAdamW(model, weight_decay=options.weight_decay)
     records: list[StepRecord] = []
     start = last = time.perf_counter()
