@@ -13,6 +13,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+# Now, while tests are collected: another test may import distutils, which setuptools replaces.
+pytest.importorskip("setuptools")
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 
@@ -40,7 +43,6 @@ class Compiled(NamedTuple):
 
 @pytest.fixture(scope="module")
 def setup_script() -> ModuleType:
-    pytest.importorskip("setuptools")
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

@@ -5,12 +5,14 @@ Counts of the machine code (registers, spills, instructions, widths of access), 
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from varlen_sft.ops.launch import KernelVariant
 from varlen_sft.tools.sass_text import LOADS, STORES, disassembly
@@ -135,8 +138,22 @@ def compile_all(
         progress(f"{figures.name}, {figures.target}")
         return figures
 
-    with _empty_cache(), ThreadPoolExecutor(2) as pool:
+    with _empty_cache(), _one_parser(), ThreadPoolExecutor(2) as pool:
         return list(pool.map(job, jobs))
+
+
+@contextmanager
+def _one_parser() -> Iterator[None]:
+    """One thread at a time in ``ast.parse``, which Triton calls: CPython 3.11 counts the depth of its
+    conversion once for all threads, and raises SystemError when two of them are in it."""
+    lock, parse = threading.Lock(), ast.parse
+
+    def locked(*args: Any, **kwargs: Any) -> ast.AST:
+        with lock:
+            return parse(*args, **kwargs)
+
+    with mock.patch("ast.parse", locked):
+        yield
 
 
 @contextmanager
