@@ -144,8 +144,11 @@ def compile_all(
 
 @contextmanager
 def _one_parser() -> Iterator[None]:
-    """One thread at a time in ``ast.parse``, which Triton calls: CPython 3.11 counts the depth of its
-    conversion once for all threads, and raises SystemError when two of them are in it."""
+    """One thread at a time in ``ast.parse``, which Triton calls.
+
+    CPython 3.11 counts the depth of its conversion once for all threads, and raises SystemError
+    when two of them are in it.
+    """
     lock, parse = threading.Lock(), ast.parse
 
     def locked(*args: Any, **kwargs: Any) -> ast.AST:
