@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -27,7 +27,8 @@ def fetch(package: str, version: str, sha256: str, folder: Path) -> Path | str:
     """
     path = folder / f"{package}-{version}-{sha256[:12]}"
     if not path.exists():
-        if importlib.util.find_spec("pip") is None:
+        # Not find_spec, which makes setuptools give distutils back to whoever asks next.
+        if not any(importlib.metadata.distributions(name="pip")):
             return "pip is not installed"
         command = [sys.executable, __file__, package, version, str(path)]
         try:
