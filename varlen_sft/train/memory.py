@@ -14,8 +14,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory for the next step. Holds for the process, and costs nothing.
 
     By default tensors above 32 MB go back to the kernel when they are freed, and every page of the
-    next one is fetched and zeroed anew (SmolLM2-135M in fp32 on two cores: 1.5x the time of the
-    matrix products without, 1.25x with). Between steps the process stays at its peak.
+    next one is fetched and zeroed anew. Between steps the process stays at its peak.
 
     Returns:
         Whether the C library took it. Others than glibc are left alone.
