@@ -32,8 +32,9 @@ lengths with about 40 % supervised tokens, side by side:
   ours       varlen_sft.models.LlamaForSFT on one pack
   floor      only the matrix products of our step, nothing else: what it cannot be faster than
 
-All compute the same loss. Where one does not, nothing is printed but that. Rounds are interleaved;
-times are medians with [least - most]; memory is the peak of a fresh process that runs one step.
+All compute the same loss. Where one does not, nothing is printed but that. Rounds are interleaved,
+with an untimed step of the same candidate before each timed one, as in training a step follows its
+like. Times are medians with [least - most]; memory is the peak of a fresh process after one step.
 Real tokens per second count no padding. Everything runs on the CPU, also where there is a GPU.
 """
 EPILOG = """\
@@ -105,7 +106,7 @@ def measure(load: Load, args: argparse.Namespace, progress: Callable[[str], None
     candidates = {name: made(load) for name, made in all_candidates().items()}
     losses = step_bench.first_losses(candidates, progress)
     bound = step_bench.check_losses(losses, truth, load.dtype)
-    times = step_bench.interleaved(candidates, args.rounds, warmup=0, progress=progress)
+    times = step_bench.interleaved(candidates, args.rounds, 0, progress, settle=1)
     real = sum(len(sample) for sample in load.samples())
     rows = step_bench.summary(candidates, losses, times, real)
     candidates.clear()  # memory of the probes' own has to be there

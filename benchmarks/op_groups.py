@@ -49,9 +49,9 @@ class Group:
     note: str = ""
 
     def measure(self, rounds: int, warmup: int = 1) -> None:
-        """Time all candidates, round by round, each once per round."""
+        """Time all candidates, round by round, each once per round after an untimed run."""
         candidates = {name: _Step(run) for name, run in self.steps.items()}
-        self.seconds = step_bench.interleaved(candidates, rounds, warmup)
+        self.seconds = step_bench.interleaved(candidates, rounds, warmup, settle=1)
 
     def median(self, candidate: str) -> float:
         return statistics.median(self.seconds[candidate])

@@ -225,7 +225,29 @@ def test_gradients_that_nobody_wants_are_not_made():
         hidden, weight, None, labels, torch.ones(5).double(), None, [0, 1, 0, 0], 2**20,
         True, False, False, "reference",
     )  # fmt: skip
-    assert outputs[6].shape == hidden.shape and outputs[7].numel() == outputs[8].numel() == 0
+    assert all(outputs[i].numel() == 0 for i in (6, 7, 8)) and outputs[9].shape == (5, 33)
+    made = torch.ops.varlen_sft.linear_cross_entropy_backward(
+        *outputs[9:], hidden, weight, torch.ones(()).double(), True, False, False
+    )
+    assert made[0].shape == hidden.shape and made[1].numel() == made[2].numel() == 0
+
+
+def test_a_gradient_of_one_chunk_is_rounded_once():
+    """Products of small integers are exact, a third of them is not: it has one right rounding."""
+    draw = torch.Generator().manual_seed(0)
+    whole = [torch.randint(-9, 10, shape, generator=draw) for shape in [(40, 70), (50, 8), (70, 8)]]
+    dlogits, hidden, weight = (x.bfloat16() for x in whole)
+    scored = torch.cat((torch.randperm(50, generator=draw)[:37], torch.full((3,), -1)))
+    third = torch.tensor(1 / 3)
+    dhidden, dweight, dbias = torch.ops.varlen_sft.linear_cross_entropy_backward(
+        dlogits, scored, hidden, weight, third, True, True, True
+    )
+    dlogits, hidden, weight, third = (x.double() for x in (dlogits[:37], hidden, weight, third))
+    want = torch.zeros(50, 8, dtype=torch.float64)
+    want[scored[:37]] = dlogits @ weight * third
+    assert torch.equal(dhidden, want.bfloat16())
+    assert torch.equal(dweight, (dlogits.T @ hidden[scored[:37]] * third).bfloat16())
+    assert torch.equal(dbias, (dlogits.sum(0) * third).bfloat16())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -200,6 +200,15 @@ def test_rounds_are_interleaved_and_begin_in_turn():
     assert told[2:4] == ["warm-up: c", "round 1 of 2: b"]
 
 
+def test_a_timed_step_follows_untimed_ones_of_its_own(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(step_bench.time, "perf_counter", lambda: calls.append("|") or next(clock))
+    calls: list[str] = []
+    candidates = {name: _Recorder(name, calls) for name in "ab"}
+    step_bench.interleaved(candidates, rounds=1, warmup=1, settle=2)
+    assert "".join(calls) == "|a|b" + "bb|b|" + "aa|a|"
+
+
 def test_summary_takes_medians():
     candidates = {name: _Recorder(name, []) for name in ("hf padded", "ours", "floor")}
     times = {"hf padded": [6.0, 4.0, 90.0], "ours": [3.0, 2.0, 1.0], "floor": [1.0, 1.0, 1.0]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -26,6 +27,17 @@ def chunk_rows(weight: Tensor, chunk_bytes: int) -> int:
 def fits_one_chunk(total: int, weight: Tensor, chunk_bytes: int) -> bool:
     """Whether ``total`` rows, supervised or not, are one chunk: their gradient is no sum then."""
     return total <= chunk_rows(weight, chunk_bytes)
+
+
+def defers(hidden: Tensor, weight: Tensor, total: int, chunk_bytes: int, impl: str) -> bool:
+    """Whether gradients are multiplied in the backward, where the factor of the loss is known.
+
+    On a CPU a product takes the factor for nothing and rounds once with it; a gradient that was
+    rounded before would be swept again and rounded again. The logits of one chunk then live until
+    the head's backward, which is the next thing that runs: the peak stays what it is.
+    """
+    one = fits_one_chunk(total, weight, chunk_bytes)
+    return one and hidden.device.type == "cpu" and impl != "triton"
 
 
 @cache
@@ -69,6 +81,7 @@ class Head:
         self.dhidden = hidden.new_zeros((total, hidden.shape[1]) if needs[0] else 0)
         self.dweight = hidden.new_empty(0)
         self.dbias = hidden.new_zeros(weight.shape[0] if needs[2] else 0, dtype=self.accumulate)
+        self.dlogits = hidden.new_empty(0)
         self.sums = [hidden.new_zeros((), dtype=self.accumulate) for _ in range(2)]
         self.per_row = [
             hidden.new_zeros(total, dtype=dtype)
@@ -78,19 +91,30 @@ class Head:
     def run(
         self, labels: Tensor, token_weights: Tensor, rows: Tensor | None, chunk_bytes: int
     ) -> tuple[Tensor, ...]:
-        """LossOutput's fields, then gradients of hidden, weight, bias (empty if not needed)."""
+        """LossOutput's fields, then gradients of hidden, weight, bias (empty if not needed).
+
+        The last are the gradient of the logits and the rows it is of, padded with -1: these instead
+        of the others, if they are left to the backward (``defers``).
+        """
         check_values(labels, token_weights, self.weight.shape[0])
-        self.one_chunk = fits_one_chunk(
-            len(labels) if rows is None else len(rows), self.weight, chunk_bytes
-        )
+        total = len(labels) if rows is None else len(rows)
+        self.one_chunk = fits_one_chunk(total, self.weight, chunk_bytes)
+        kept = total if defers(self.hidden, self.weight, total, chunk_bytes, self.impl) else 0
+        scored = labels.new_full((kept if any(self.needs) else 0,), -1)
         rows = self._checked(supervised_rows(labels, token_weights) if rows is None else rows)
-        if self.needs[1] and not self.one_chunk:
+        if len(scored):
+            scored[: len(rows)] = rows
+            self.dlogits = self.hidden.new_empty(kept, self.weight.shape[0])
+            self.dhidden = self.hidden.new_empty(0)
+            self.dbias = self.dbias.new_empty(0)
+        elif self.needs[1] and not self.one_chunk:
             # Sums over chunks are held in fp32: bf16 loses a late chunk beside many earlier ones.
             self.dweight = self.weight.new_zeros(self.weight.shape, dtype=self.accumulate)
         for chunk in rows.split(chunk_rows(self.weight, chunk_bytes)):
             self._add_chunk(chunk, labels, token_weights)
         per_row = (out[:-1] for out in self.per_row)
-        return *self.sums, *per_row, self.dhidden[:-1], self.dweight, self.dbias
+        gradients = self.dhidden[:-1], self.dweight, self.dbias
+        return *self.sums, *per_row, *gradients, self.dlogits, scored
 
     def _checked(self, rows: Tensor) -> Tensor:
         """The rows; on the CPU only the real ones, without the -1 that pad them."""
@@ -108,7 +132,13 @@ class Head:
         index = rows.clamp(min=0)
         target = torch.where(rows >= 0, labels[index], IGNORE_INDEX)
         inputs = self.hidden[index]
-        logits = torch.nn.functional.linear(inputs, self.weight, self.bias)
+        if len(self.dlogits):
+            logits = self.dlogits[: len(rows)]
+            torch.mm(inputs, self.weight.T, out=logits)
+            if self.bias is not None:
+                logits += self.bias
+        else:
+            logits = torch.nn.functional.linear(inputs, self.weight, self.bias)
         scores = score_rows(
             logits, target, token_weights[index], self.options, any(self.needs), self.impl
         )
@@ -117,7 +147,8 @@ class Head:
         place = torch.where(rows >= 0, rows, self.hidden.shape[0])
         for out, value in zip(self.per_row, scores[:4], strict=True):
             out.index_copy_(0, place, value)
-        self._add_gradients(logits, inputs, scores, place)
+        if not len(self.dlogits):
+            self._add_gradients(logits, inputs, scores, place)
 
     def _add_gradients(
         self, dlogits: Tensor, inputs: Tensor, scores: RowScores, place: Tensor
@@ -163,3 +194,38 @@ class Head:
             )
         else:
             self.dweight += dlogits.T @ inputs
+
+
+def deferred_gradients(
+    dlogits: Tensor,
+    scored: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    dloss: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dloss * the gradients of hidden, weight and bias (empty if not needed), each rounded once.
+
+    Args:
+        dlogits: (n, V), d loss_sum / d logits in its first rows.
+        scored: (n,) int64, the rows of hidden that they belong to, then -1.
+        hidden: (T, C).
+        weight: (V, C).
+        dloss: () on the CPU.
+    """
+    rows = scored[scored >= 0]
+    dlogits, factor = dlogits[: len(rows)], dloss.item()
+    dhidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
+    if needs[0]:
+        dhidden.index_copy_(0, rows, _scaled_product(dlogits, weight, factor))
+    dweight = _scaled_product(dlogits.T, hidden[rows], factor) if needs[1] else hidden.new_empty(0)
+    dbias = hidden.new_empty(0)
+    if needs[2]:
+        wide = dlogits.sum(0, dtype=accumulation_dtype(hidden.dtype)) * dloss
+        dbias = wide.to(hidden.dtype)
+    return dhidden, dweight, dbias
+
+
+def _scaled_product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    out = a.new_empty(a.shape[0], b.shape[1])
+    return torch.addmm(out, a, b, beta=0, alpha=factor, out=out)

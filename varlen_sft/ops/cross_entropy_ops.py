@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varlen_sft.ops.cross_entropy_chunks import Head, fits_one_chunk
+from varlen_sft.ops.cross_entropy_chunks import Head, deferred_gradients, defers, fits_one_chunk
 from varlen_sft.ops.cross_entropy_rows import RowScores, check_values, score_rows
 from varlen_sft.types import accumulation_dtype
 
@@ -147,7 +147,7 @@ def _linear(
     need_dweight: bool,
     need_dbias: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(hidden, weight, bias, (need_dhidden, need_dweight, need_dbias), options, impl)
     return head.run(labels, token_weights, rows, chunk_bytes)  # type: ignore[return-value]
 
@@ -158,29 +158,64 @@ def _(hidden, weight, bias, labels, token_weights, rows, options, chunk_bytes, n
     accumulate = accumulation_dtype(hidden.dtype)
     total = hidden.shape[0] if rows is None else rows.shape[0]
     one = fits_one_chunk(total, weight, chunk_bytes)
+    later = defers(hidden, weight, total, chunk_bytes, impl)
+    kept = total if later and (need_dhidden or need_dweight or need_dbias) else 0
     return (
         *_fake_fields(hidden, labels),
-        hidden.new_empty(hidden.shape if need_dhidden else 0),
+        hidden.new_empty(hidden.shape if need_dhidden and not kept else 0),
         hidden.new_empty(
-            weight.shape if need_dweight else 0, dtype=hidden.dtype if one else accumulate
+            weight.shape if need_dweight and not kept else 0,
+            dtype=hidden.dtype if one else accumulate,
         ),
-        hidden.new_empty(weight.shape[:1] if need_dbias else 0, dtype=accumulate),
+        hidden.new_empty(weight.shape[:1] if need_dbias and not kept else 0, dtype=accumulate),
+        hidden.new_empty((kept, weight.shape[0]) if kept else 0),
+        labels.new_empty(kept),
+    )
+
+
+@torch.library.custom_op("varlen_sft::linear_cross_entropy_backward", mutates_args=())
+def _linear_gradients(
+    dlogits: Tensor,
+    scored: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    dloss: Tensor,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = need_dhidden, need_dweight, need_dbias
+    return deferred_gradients(dlogits, scored, hidden, weight, dloss, needs)
+
+
+@_linear_gradients.register_fake
+def _(dlogits, scored, hidden, weight, dloss, need_dhidden, need_dweight, need_dbias):
+    return (
+        hidden.new_empty(hidden.shape if need_dhidden else 0),
+        hidden.new_empty(weight.shape if need_dweight else 0),
+        hidden.new_empty(weight.shape[:1] if need_dbias else 0),
     )
 
 
 def _linear_setup(ctx, inputs, output) -> None:
-    ctx.dtype, ctx.needs = inputs[0].dtype, inputs[8:11]
+    hidden, weight = inputs[:2]
+    ctx.dtype, ctx.needs = hidden.dtype, inputs[8:11]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
-    ctx.save_for_backward(*output[6:])
+    later = output[9:] if len(output[10]) else ()
+    ctx.save_for_backward(*((*later, hidden, weight) if later else output[6:9]))
 
 
 def _linear_backward(ctx, dloss: Tensor, *_):
-    dhidden, dweight, dbias = (
-        _scaled(grad, dloss, ctx.dtype) if need else None
-        for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-    )
-    return dhidden, dweight, dbias, *(None,) * 9
+    if len(ctx.saved_tensors) == 4:
+        made = _linear_gradients(*ctx.saved_tensors, dloss, *ctx.needs)
+    else:
+        made = tuple(
+            _scaled(grad, dloss, ctx.dtype) if need else None
+            for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        )
+    gradients = (grad if need else None for grad, need in zip(made, ctx.needs, strict=True))
+    return *gradients, *(None,) * 9
 
 
 _linear.register_autograd(_linear_backward, setup_context=_linear_setup)

@@ -104,12 +104,17 @@ def interleaved(
     rounds: int,
     warmup: int = 1,
     progress: Progress = lambda text: None,
+    settle: int = 0,
 ) -> dict[str, list[float]]:
-    """Seconds of every step: round by round, each candidate once per round.
+    """Seconds of every step: round by round, each candidate timed once per round.
 
     Whatever else the machine does then falls on all of them; each round starts with another one, so
-    that none always follows the same neighbour. Freed memory is kept for all of them alike: what
-    one step leaves to the next would otherwise depend on who ran between.
+    that none always follows the same neighbour. Freed memory is kept for all of them alike.
+
+    Args:
+        warmup: rounds that are not timed, before all others.
+        settle: untimed steps right before each timed one. In training a step follows its like and
+            finds its memory mapped and its weights in the cache; here it would follow a stranger.
     """
     keep_freed_memory()
     names = list(candidates)
@@ -120,6 +125,8 @@ def interleaved(
             done = turn - warmup + 1
             progress(f"round {done} of {rounds}: {name}" if done > 0 else f"warm-up: {name}")
             gc.collect()
+            for _ in range(settle if done > 0 else 0):
+                candidates[name].step()
             start = time.perf_counter()
             candidates[name].step()
             if done > 0:
