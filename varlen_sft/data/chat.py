@@ -1,10 +1,9 @@
-"""Chat: a conversation becomes tokens, roles and weights, and the weights are proven right.
+"""Chat: rows become tokens, roles and weights, and the weights are proven right.
 
-One joint render, one tokenisation. The trained span of an answer runs from the end of its
-generation prompt through its stop token: what the model would have sampled, no more and no less.
-Where a token lies in the text is not asked of the tokenizer, whose offsets may be trimmed and
-cannot split a character that two tokens share. In a byte-level BPE the bytes of the tokens, put in
-a row, are the bytes of the text: checked for every conversation, and every boundary is then exact.
+One render, one tokenisation. The trained span of an answer runs from the end of its generation
+prompt through its stop token: what the model would have sampled, no more and no less. ``layout``
+finds it in the text, ``edges`` in the tokens, ``masks`` weighs it, and ``crosscheck`` finds it a
+second time, another way.
 """
 
 from __future__ import annotations
@@ -12,199 +11,278 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from varlen_sft.data.formats import Conversation, ConversationError, Message
-from varlen_sft.data.layout import Layout, lay_out
-from varlen_sft.data.sample import ROLES, Sample
+from varlen_sft.data.control import ControlTokens, Spelled
+from varlen_sft.data.conversation import Conversation, ConversationError, Message, Row, Text, Tokens
+from varlen_sft.data.crosscheck import disagreement
+from varlen_sft.data.edges import Encoded, TextEncoder
+from varlen_sft.data.layout import Layout, Planner
+from varlen_sft.data.masks import MaskOptions, straddled, weigh
+from varlen_sft.data.normalise import normalised
+from varlen_sft.data.plain import PlainEncoder, tokens_sample
+from varlen_sft.data.sample import Sample
 from varlen_sft.errors import InputError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from varlen_sft.data.template import ChatTemplate
 
 _T = TypeVar("_T")
-_ASSISTANT = ROLES.index("assistant")
+_KEEP_HISTORY = {
+    "preserve_thinking": True,
+    "keep_past_thinking": True,
+    "clear_thinking": False,
+    "truncate_history_thinking": False,
+}
+"""Variables by which templates are asked to leave earlier thinking in; each knows at most one."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One row to tokenise: of a conversation, its last answer alone if ``only_last``."""
+
+    conversation: Conversation
+    layout: Layout
+    only_last: bool
 
 
 class ChatTokenizer:
-    """A tokenizer and its chat template: conversations to samples, without transformers or torch.
+    """A tokenizer and its chat template: rows to samples, without transformers or torch.
 
-    Supervision: the assistant's answers weigh 1, everything else 0. Roles: the tokens of an answer
-    and its stop token are ``assistant``, those of another message's content carry its role, and
-    what the template wrote around them (headers, their stop tokens, newlines) is ``none``.
+    Roles: the tokens of an answer and its stop token are ``assistant``, those of another message's
+    content carry its role, and what the template wrote around them (headers, their stop tokens,
+    newlines) is ``none``.
 
     Attributes:
         special_tokens: the template's token variables, such as ``special_tokens["eos_token"]``.
-        straddles_cut: how often so far a text was cut at the start of an answer because a token
-            would have reached over it, part header, part answer. A model that generates never has
-            such a token there either, since its prompt ends at the cut.
+        counts: what happened so far. ``straddles_cut``: texts cut at the start of an answer because
+            a token would have reached over it, part header, part answer (a model that generates
+            never has such a token there either, since its prompt ends at the cut).
+            ``rewritten_turns``: answers whose thinking the template left out. ``spelled_control``:
+            rows whose contents spell control tokens, which were kept as text.
 
     Args:
         tokenizer_json: the text of a ``tokenizer.json``.
         template: the chat template.
-
-    Raises:
-        ValueError: not a byte-level BPE.
     """
 
     def __init__(self, tokenizer_json: str, template: ChatTemplate) -> None:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-        state = json.loads(tokenizer_json)
-        decoder = (state["decoder"] or {}).get("type")
-        if decoder != "ByteLevel":
-            raise ValueError(f"only byte-level BPE is supported, this tokenizer decodes {decoder}")
-        # Both may be stored in tokenizer.json, and would cut or pad every row behind our back.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._tokenizer = tokenizer
+        self._encoder = TextEncoder(tokenizer_json)
         self._tokenizer_json = tokenizer_json
-        self._template = template
+        self.template = template
         self.special_tokens = dict(template.special_tokens)
-        self.straddles_cut = 0
-        self._token_bytes = _token_bytes(tokenizer)
-        self._token_sizes = np.array([len(token) for token in self._token_bytes], dtype=np.int64)
-        self._control_ids = {
-            token["content"]: token["id"]
-            for token in state["added_tokens"]
-            if token["special"] or token["content"] in self.special_tokens.values()
-        }
-        longest_first = sorted(self._control_ids, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # What a model stops at is control, also where its tokenizer does not hold it as special.
+        named = {**self.special_tokens, **{stop: stop for stop in template.stop_tokens}}
+        self.control = ControlTokens(tokenizer_json, named, self._encoder)
+        self.planner = Planner(template, self.control.pattern)
+        self.counts: Counter[str] = Counter()
+        self._plain = PlainEncoder(self.control, self.special_tokens, self.adds_bos())
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> ChatTokenizer:
+    def from_folder(
+        cls, folder: str | os.PathLike[str], template: str | os.PathLike[str] | None = None
+    ) -> ChatTokenizer:
         """Load ``tokenizer.json`` and the chat template of a model folder.
 
+        Args:
+            template: a Jinja file that is taken instead of the folder's own.
+
         Raises:
-            InputError: a file is missing or malformed, or the tokenizer is not a byte-level BPE.
+            InputError: a file is missing or malformed.
         """
-        from varlen_sft.data.template import read_template
+        from varlen_sft.data.template_files import read_template
 
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise InputError("no tokenizer.json in this folder", file=folder)
-        template = read_template(Path(folder))
+        loaded = read_template(Path(folder), None if template is None else Path(template))
         try:
-            return cls(path.read_text(encoding="utf-8"), template)
+            return cls(path.read_text(encoding="utf-8"), loaded)
         except Exception as error:  # tokenizers raises a bare Exception, its reason is the text
             raise InputError(f"not a tokenizer that can be used: {error}", file=path) from None
 
+    @property
+    def straddles_cut(self) -> int:
+        """See ``counts``."""
+        return self.counts["straddles_cut"]
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The text of the messages; ConversationError if the template refuses them."""
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self.template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def encode_prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """int32 ids of the messages and the generation prompt: what a model answers to."""
-        return self._ids([self.render(messages, add_generation_prompt=True)])[0].astype(np.int32)
+        text = self.render(messages, add_generation_prompt=True)
+        (encoded,) = self._encoder.encode([text])
+        if isinstance(encoded, ConversationError):
+            raise encoded
+        return encoded.ids.astype(np.int32)
 
-    def encode(self, conversation: Conversation) -> Sample:
-        """One conversation of L tokens; see the class for weights and roles.
+    def encode(self, row: Row, options: MaskOptions | None = None) -> Sample:
+        """One row of L tokens as one sample; see ``masks.MaskOptions`` for what is trained.
 
         Raises:
             ConversationError: its trained spans cannot be proven right; says why.
         """
-        return self.encode_many([conversation])[0]
+        return self.encode_many([row], options)[0]
 
-    def encode_many(self, conversations: Iterable[Conversation]) -> list[Sample]:
+    def encode_many(self, rows: Iterable[Row], options: MaskOptions | None = None) -> list[Sample]:
         """As encode, for many on all of the tokenizer's threads; raises for the first bad one."""
-        samples = []
-        for outcome in self.encode_outcomes(conversations):
+        samples: list[Sample] = []
+        for outcome in self.encode_rows(rows, options):
             if isinstance(outcome, ConversationError):
                 raise outcome
-            samples.append(outcome)
+            samples += outcome
         return samples
 
-    def encode_outcomes(
-        self, conversations: Iterable[Conversation]
-    ) -> list[Sample | ConversationError]:
-        """For each conversation, in its place, a sample or the reason why there is none."""
-        layouts = [_outcome(self._lay_out, conversation) for conversation in conversations]
-        ids = iter(self._ids([layout.text for layout in layouts if isinstance(layout, Layout)]))
+    def encode_rows(
+        self, rows: Iterable[Row], options: MaskOptions | None = None
+    ) -> list[tuple[Sample, ...] | ConversationError]:
+        """For each row, in its place, its samples or the reason why there are none.
+
+        A row is one sample; with ``history="per_assistant"`` one for each trained answer.
+        """
+        options = options or MaskOptions()
+        rows = list(rows)
+        jobs = [_outcome(self._jobs, row, options) for row in rows]
+        laid_out = [job for made in jobs if isinstance(made, list) for job in made]
+        encoded = iter(self._encoder.encode([job.layout.text for job in laid_out]))
         return [
-            _outcome(self._sample, layout, next(ids)) if isinstance(layout, Layout) else layout
-            for layout in layouts
+            made
+            if isinstance(made, ConversationError)
+            else _outcome(self._samples, row, made, [next(encoded) for _ in made], options)
+            for row, made in zip(rows, jobs, strict=True)
         ]
+
+    def cross_check(
+        self, rows: Iterable[Row], options: MaskOptions | None = None
+    ) -> list[ConversationError | None]:
+        """For each row, why its answers cannot lie where ``encode_rows`` finds them.
+
+        Finds each answer a second time by renders of prefixes and by writing another answer in its
+        place, and tokenises the text a second time with its control tokens kept apart. None where
+        both ways agree, and for rows that are refused or have no template.
+        """
+        return [self._checked(row, options or MaskOptions()) for row in rows]
+
+    def _checked(self, row: Row, options: MaskOptions) -> ConversationError | None:
+        made = _outcome(self._jobs, row, options)
+        for job in made if isinstance(made, list) else ():
+            arguments = self.template, job.conversation, job.layout, self.planner.turns.find_stop
+            if (found := disagreement(*arguments)) is not None:
+                return found
+            (encoded,) = self._encoder.encode([job.layout.text])
+            if isinstance(encoded, ConversationError) or not encoded.in_bytes:
+                continue
+            apart = _outcome(self.control.encode_as_text, job.layout)
+            spelled = any(self.control.spelled(encoded, job.layout))
+            same = isinstance(apart, Encoded) and np.array_equal(apart.ids, encoded.ids)
+            if not spelled and not same:
+                return ConversationError(
+                    "two ways to tokenise disagree: with the control tokens kept apart "
+                    + (str(apart) if isinstance(apart, ConversationError) else "the ids differ")
+                )
+        return None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens included; ValueError for an id it does not have."""
-        pieces = []
+        ids = [int(token) for token in ids]
+        size = self._encoder.tokenizer.get_vocab_size()
         for token in ids:
-            if not 0 <= token < len(self._token_bytes):
-                raise ValueError(f"ids must be in [0, {len(self._token_bytes)}), got {token}")
-            pieces.append(self._token_bytes[token])
+            if not 0 <= token < max(size, len(self._encoder.token_bytes)):
+                raise ValueError(f"ids must be in [0, {size}), got {token}")
+        if not self._encoder.byte_level:
+            return self._encoder.tokenizer.decode(ids, skip_special_tokens=False)
+        pieces = [self._encoder.token_bytes[token] for token in ids]
         return b"".join(pieces).decode(errors="replace")
 
     def fingerprint(self) -> str:
         """sha256 over all that decides text and ids: tokenizer, template, special tokens."""
-        state = [self._tokenizer_json, self._template.source, self.special_tokens]
+        state = [self._tokenizer_json, self.template.source, self.special_tokens]
+        state.append(list(self.template.stop_tokens))
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
-    def _lay_out(self, conversation: Conversation) -> Layout:
-        return lay_out(self._template, conversation.messages, self._control)
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer begins a text with BOS by itself, unless it is told not to."""
+        ids = self._encoder.tokenizer.encode("").ids
+        bos = self.special_tokens.get("bos_token")
+        return bool(ids) and bos in self.control.ids and ids[0] == self.control.ids[bos]
 
-    def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # The fast variant keeps no offsets; they are not needed here (see the top of this file).
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+    def _jobs(self, row: Row, options: MaskOptions) -> list[_Job]:
+        """What to tokenise for a row; nothing for rows that need no template."""
+        if not isinstance(row, Conversation):
+            return []
+        self.control.check_settings(row)
+        if self._encoder.byte_level:
+            row = normalised(row, self._encoder.tokenizer.normalizer)
+        if options.history == "preserve":
+            row = self._with_history(row)
+        if options.history != "per_assistant":
+            layout = self.planner.lay_out(row, options.supervision_mode == "last_assistant")
+            if options.history == "preserve" and layout.rewritten:
+                raise ConversationError(
+                    f"history=preserve: the template leaves out the thinking of message "
+                    f"{layout.rewritten[0]} and has no variable that keeps it"
+                )
+            return [_Job(row, layout, False)]
+        ends = [i + 1 for i, m in enumerate(row.messages) if m.role == "assistant"]
+        prefixes = [replace(row, messages=row.messages[:end]) for end in ends]
+        return [
+            _Job(prefix, self.planner.lay_out(prefix, only_last=True), True) for prefix in prefixes
+        ]
 
-    def _sample(self, layout: Layout, ids: np.ndarray) -> Sample:
-        edges = self._edges(ids, layout.text)
-        starts = [answer.start for answer in layout.answers]
-        inside = ~np.isin(_in_bytes(layout.text, starts), edges)
-        if inside.any():
-            ids = self._cut_ids(layout.text, np.array(starts)[inside].tolist())
-            edges = self._edges(ids, layout.text)
-        sample = self._weigh(layout, ids, edges)
-        self.straddles_cut += int(inside.sum())
+    def _with_history(self, row: Conversation) -> Conversation:
+        kwargs = {
+            name: value
+            for name, value in _KEEP_HISTORY.items()
+            if name in self.template.variables and name not in row.template_kwargs
+        }
+        return replace(row, template_kwargs={**kwargs, **row.template_kwargs})
+
+    def _samples(
+        self,
+        row: Row,
+        jobs: Sequence[_Job],
+        encoded: Sequence[Encoded | ConversationError],
+        options: MaskOptions,
+    ) -> tuple[Sample, ...]:
+        if isinstance(row, Text):
+            return (self._plain.encode(row, options),)
+        if isinstance(row, Tokens):
+            return (tokens_sample(row, options),)
+        pairs = zip(jobs, encoded, strict=True)
+        samples = tuple(self._sample(job, tokens, options) for job, tokens in pairs)
+        trained = options.history != "per_assistant"
+        return samples if trained else tuple(s for s in samples if s.token_weights[1:].any())
+
+    def _sample(
+        self, job: _Job, encoded: Encoded | ConversationError, options: MaskOptions
+    ) -> Sample:
+        if isinstance(encoded, ConversationError):
+            raise encoded
+        spelled = list(self.control.spelled(encoded, job.layout))
+        self._refuse(spelled, options)
+        if spelled:
+            encoded = self.control.encode_as_text(job.layout)
+        cuts = straddled(job.layout, encoded)
+        if cuts:
+            encoded = self.control.encode_as_text(job.layout, cuts)
+        sample = weigh(job.conversation, job.layout, encoded, options, self.control, job.only_last)
+        self.counts["straddles_cut"] += len(cuts)
+        self.counts["spelled_control"] += bool(spelled)
+        self.counts["rewritten_turns"] += len(job.layout.rewritten)
         return sample
 
-    def _cut_ids(self, text: str, cuts: Sequence[int]) -> np.ndarray:
-        """Ids of a text whose pieces between the cuts (characters) are encoded apart."""
-        bounds = [0, *cuts, len(text)]
-        pieces = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-        return np.concatenate(self._ids(pieces))
-
-    def _edges(self, ids: np.ndarray, text: str) -> np.ndarray:
-        """(L + 1,) the byte of the text where each token begins, and the end of the last one."""
-        encoded = text.encode()
-        decoded = b"".join([self._token_bytes[token] for token in ids.tolist()])
-        if decoded != encoded:
-            at = len(os.path.commonprefix([decoded, encoded]))
-            raise ConversationError(
-                "the tokenizer does not keep the text: expected "
-                f"{encoded[at : at + 20]!r} at byte {at}, its tokens spell "
-                f"{decoded[at : at + 20]!r}"
-            )
-        return np.concatenate([[0], np.cumsum(self._token_sizes[ids])])
-
-    def _weigh(self, layout: Layout, ids: np.ndarray, edges: np.ndarray) -> Sample:
-        weights = np.zeros(len(ids), dtype=np.float32)
-        roles = np.zeros(len(ids), dtype=np.uint8)
-        for start, end, role in layout.others:
-            first, last = _in_bytes(layout.text, [start, end])
-            # A token belongs to a message if any byte of it does.
-            roles[np.searchsorted(edges, first, "right") - 1 : np.searchsorted(edges, last)] = role
-        for answer in layout.answers:
-            bounds = _in_bytes(layout.text, [answer.start, answer.content_end, answer.end])
-            first, stop, end = np.searchsorted(edges, bounds)
-            proven = (edges[[first, stop, end]] == bounds).all() and end == stop + 1
-            if not proven or ids[stop] != self._control_ids[answer.stop]:
-                raise ConversationError(
-                    f"the stop token {answer.stop!r} of message {answer.number} is not a token of "
-                    f"its own: the answer ends in {self.decode(ids[max(0, end - 2) : end])!r}"
-                )
-            weights[first:end] = 1.0
-            roles[first:end] = _ASSISTANT
-        return Sample(ids.astype(np.int32), weights, roles)
+    def _refuse(self, spelled: Sequence[Spelled], options: MaskOptions) -> None:
+        for one in spelled:
+            if one.in_answer and options.on_control == "error":
+                raise one.error()
 
 
 def _outcome(step: Callable[..., _T], *arguments: Any) -> _T | ConversationError:
@@ -212,33 +290,3 @@ def _outcome(step: Callable[..., _T], *arguments: Any) -> _T | ConversationError
         return step(*arguments)
     except ConversationError as error:
         return error
-
-
-def _in_bytes(text: str, places: Sequence[int]) -> np.ndarray:
-    """Character places as places in the UTF-8 text."""
-    if text.isascii():
-        return np.array(places, dtype=np.int64)
-    return np.array([len(text[:place].encode()) for place in places], dtype=np.int64)
-
-
-def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes each token id stands for."""
-    alphabet = _byte_alphabet()
-    added = {token: added.content for token, added in tokenizer.get_added_tokens_decoder().items()}
-    vocabulary = tokenizer.get_vocab()
-    table = [b"\xff"] * (max(vocabulary.values()) + 1)  # never UTF-8: an id without a token
-    for piece, token in vocabulary.items():
-        if token in added:
-            table[token] = added[token].encode()
-        elif all(character in alphabet for character in piece):
-            table[token] = bytes(alphabet[character] for character in piece)
-    return table
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """How a byte-level BPE writes bytes: printable as they are, the others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + k): byte for k, byte in enumerate(moved)
-    }

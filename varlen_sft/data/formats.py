@@ -1,111 +1,121 @@
-"""Conversations on disk: JSON lines in, JSON lines out, one row at a time.
+"""One row of a data set, as people publish them, becomes a conversation, a text, or tokens.
 
-Two shapes are read: ``{"messages": [{"role", "content"}, ...]}`` and ShareGPT's
-``{"conversations": [{"from", "value"}, ...]}``. What cannot be trained as it stands is refused by
-file, row and reason; nothing is mended or dropped on the way.
+What a row is, its keys say. The first of these that it has decides, and the others are taken for
+copies of it, as data sets often keep both:
+
+1. ``input_ids`` with ``labels``, ``loss_mask`` or ``assistant_masks``: see ``tokens.read_tokens``.
+2. ``messages`` or ``conversations``: OpenAI's and ShareGPT's messages, see
+   ``messages.read_messages``. SlimOrca and Magpie are such.
+3. ``prompt`` and ``completion``: two texts, or two lists of messages, of which only the second is
+   trained.
+4. ``instruction``, ``input`` (or ``context``) and ``output`` (or ``response``), with ``history``:
+   Alpaca. The question is instruction and input with a blank line between them.
+5. ``text``: a document, trained from its first token through the stop token after it.
+
+A conversation may come with ``tools``, ``chat_template_kwargs``, ``system`` (or ``system_prompt``,
+for its first message) and ``weight``, which multiplies the weights of its messages.
+
+Any other column is metadata (id, source, score, ...) and ignored, since no template sees it, with
+the exception of REFUSED: those hold something the model would see or be trained on. What cannot be
+trained as it stands is refused with a reason; nothing is mended or dropped on the way.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from varlen_sft.data.sample import ROLES
+from varlen_sft.data.conversation import (
+    MESSAGE_ROLES,
+    Conversation,
+    ConversationError,
+    Message,
+    Row,
+    Text,
+    Tokens,
+    check_text,
+    kind_of,
+)
+from varlen_sft.data.messages import (
+    alpaca_messages,
+    as_float,
+    is_empty,
+    one_text,
+    prompt_messages,
+    read_messages,
+)
+from varlen_sft.data.readers import read_dicts
+from varlen_sft.data.tokens import MASKS, read_tokens
+from varlen_sft.data.tool_calls import read_template_kwargs, read_tools
 from varlen_sft.errors import InputError
 
-MESSAGE_ROLES = ROLES[1:]
-_MESSAGES = {role: role for role in MESSAGE_ROLES}
-_SHAREGPT = {**_MESSAGES, "human": "user", "gpt": "assistant"}
+__all__ = [
+    "MESSAGE_ROLES",
+    "Conversation",
+    "ConversationError",
+    "Message",
+    "Row",
+    "Text",
+    "Tokens",
+    "parse_row",
+    "read_conversations",
+    "write_conversations",
+]
 
-# Row fields that change what a template renders. Ignoring one would train another text than the
-# author meant, so a row that carries one is refused until it is supported.
-_RENDERED_FIELDS = ("system", "tools", "documents", "chat_template_kwargs")
+MODES = ("sft", "pretrain")
+_MEDIA = frozenset("image images pixel_values video videos audio audios train".split())
+REFUSED = _MEDIA.union("documents functions enable_thinking chat_template".split())
+"""Columns that change what the model sees or is trained on, and are not supported."""
+
+_OF_CONVERSATIONS = ("tools", "chat_template_kwargs", "system", "system_prompt")
+_OF_TOKENS = (*MASKS, "mask_token_ids", "mask_spans")
 
 
-class ConversationError(ValueError):
-    """A conversation that cannot be used; the reason only, whoever reads it knows file and row."""
+def parse_row(row: object, *, mode: str | None = None, mask_token_ids: Sequence[int] = ()) -> Row:
+    """The Row that a row of a data set stands for; see the top of this module.
 
-
-@dataclass(frozen=True)
-class Message:
-    """One message. ``role`` is one of system, user, assistant, tool."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """An optional system message, then user and assistant in turn, ending with the assistant.
+    Args:
+        row: what a reader gives, a JSON object.
+        mode: ``"sft"`` refuses rows that do not say which part of them is trained, ``"pretrain"``
+            trains every token and refuses rows that say otherwise; None leaves it to the row.
+        mask_token_ids: ids never trained, for rows of ``input_ids``.
 
     Raises:
-        ConversationError: another order of roles, an unknown role, content that is not text.
+        ConversationError: the row cannot be used, and why.
+        ValueError: an unknown mode.
     """
-
-    messages: tuple[Message, ...]
-
-    def __post_init__(self) -> None:
-        for number, message in enumerate(self.messages, 1):
-            _check_message(number, message)
-        _check_order([message.role for message in self.messages])
-
-
-def _check_message(number: int, message: Message) -> None:
-    if message.role not in MESSAGE_ROLES:
-        raise _unknown_role(number, message.role, MESSAGE_ROLES)
-    if not isinstance(message.content, str):
-        raise ConversationError(
-            f"the content of message {number} must be a string, got {_kind(message.content)}"
-        )
+    if mode not in (None, *MODES):
+        raise ValueError(f"mode must be 'sft', 'pretrain' or None, got {mode!r}")
+    if not isinstance(row, Mapping):
+        raise ConversationError(f"expected a JSON object, got {kind_of(row)}")
+    fields = {key: value for key, value in row.items() if value is not None}
     try:
-        message.content.encode()
-    except UnicodeEncodeError as error:
-        raise ConversationError(
-            f"the content of message {number} has a lone surrogate at character {error.start}"
-        ) from None
-
-
-def _check_order(roles: list[str]) -> None:
-    if not roles:
-        raise ConversationError("the conversation is empty")
-    if "assistant" not in roles:
-        raise ConversationError("no assistant message, so nothing to train: " + ", ".join(roles))
-    turns = roles[1:] if roles[0] == "system" else roles
-    for position, role in enumerate(turns):
-        wanted = ("user", "assistant")[position % 2]
-        if role != wanted:
-            number = position + 1 + len(roles) - len(turns)
-            raise ConversationError(
-                "roles must be an optional system, then user and assistant in turn: "
-                f"message {number} must be {wanted}, found {role}"
-            )
-    if turns[-1] != "assistant":
-        raise ConversationError(
-            f"a conversation must end with assistant: message {len(roles)}, the last, "
-            f"is {turns[-1]}"
-        )
+        if "input_ids" in fields:
+            _refuse(fields, _MEDIA)  # the rest was rendered when the ids were made
+            return _scaled(read_tokens(fields, mode, mask_token_ids), fields)
+        if len(mask_token_ids):
+            raise ConversationError("mask_token_ids is for rows of 'input_ids', this has none")
+        return _scaled(_untokenised(fields, mode), fields)
+    except RecursionError:
+        raise ConversationError("the row is nested too deeply") from None
 
 
 def read_conversations(path: str | os.PathLike[str]) -> Iterator[tuple[int, Conversation]]:
-    """Stream ``(row, conversation)`` from a JSON lines file, one row in memory at a time.
+    """Stream ``(row, conversation)`` from a file or folder, a few rows in memory at a time.
 
-    ``row`` is the 1-based physical line. The file is UTF-8, a byte order mark is tolerated, blank
-    lines are skipped. Whether the file can be opened is checked at once, before the first row.
+    What is read and how rows are numbered says ``readers.read_dicts``; it is opened at once, before
+    the first row. Other rows than conversations, and other sources, are read by
+    ``sources.read_rows``.
 
     Raises:
-        InputError: with file and row: not a file, not JSON, not a conversation (see Conversation).
+        InputError: with file and row, at the first row that is not a conversation (parse_row).
     """
-    path = Path(path)
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise InputError(_cannot_open(path, error), file=path) from None
-    return _rows(path)
+    return _conversations(path, read_dicts(path))
 
 
 def write_conversations(
@@ -117,106 +127,119 @@ def write_conversations(
     try:
         with part.open("w", encoding="utf-8", newline="\n") as file:
             for conversation in conversations:
-                messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
-                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+                file.write(json.dumps(_as_row(conversation), ensure_ascii=False) + "\n")
         os.replace(part, path)
     finally:
         with suppress(FileNotFoundError):  # it is gone after a replace that worked
             part.unlink()
 
 
-def _cannot_open(path: Path, error: OSError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, IsADirectoryError):
-        return "is a folder, expected a JSON lines file"
-    return f"cannot be read: {error.strerror}"
+def _conversations(
+    path: str | os.PathLike[str], rows: Iterable[tuple[int, Any]]
+) -> Iterator[tuple[int, Conversation]]:
+    for number, row in rows:
+        try:
+            if isinstance(row, ConversationError):
+                raise row
+            conversation = parse_row(row)
+            if not isinstance(conversation, Conversation):
+                kind = type(conversation).__name__.lower()
+                raise ConversationError(f"expected a conversation, the row is {kind}")
+        except ConversationError as error:
+            raise InputError(str(error), file=path, row=number) from None
+        yield number, conversation
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Conversation]]:
-    # Binary lines end at \n only; text mode would also count a lone \r as the end of a row.
-    with path.open("rb") as file:
-        for row, line in enumerate(file, 1):
-            if row == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                conversation = _conversation(_parse(line))
-            except ConversationError as error:
-                raise InputError(str(error), file=path, row=row) from None
-            yield row, conversation
+def _as_row(conversation: Conversation) -> dict[str, Any]:
+    row: dict[str, Any] = {"messages": [_as_item(m) for m in conversation.messages]}
+    if conversation.tools:
+        row["tools"] = conversation.tools
+    if conversation.template_kwargs:
+        row["chat_template_kwargs"] = conversation.template_kwargs
+    return row
 
 
-def _parse(line: bytes) -> object:
-    try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ConversationError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise ConversationError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of 5000 digits
-        raise ConversationError(f"not JSON that can be read: {error}") from None
+def _as_item(message: Message) -> dict[str, Any]:
+    item: dict[str, Any] = {"role": message.role, "content": message.content, **message.extra}
+    if message.reasoning_content is not None:
+        item["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        item["tool_calls"] = message.tool_calls
+    if message.weight != 1:
+        item["weight"] = message.weight
+    return item
 
 
-def _conversation(row: object) -> Conversation:
-    if not isinstance(row, dict):
-        raise ConversationError(f"expected a JSON object, got {_kind(row)}")
-    keys = [key for key in ("messages", "conversations") if key in row]
-    if len(keys) != 1:
-        found = ", ".join(map(repr, row)) or "none"
+def _untokenised(fields: Mapping[str, Any], mode: str | None) -> Conversation | Text:
+    _refuse(fields, REFUSED.union(_OF_TOKENS))
+    messages = _messages(fields)
+    if messages is not None:
+        if mode == "pretrain":
+            raise ConversationError(
+                "the row is a conversation, and the source is 'pretrain:', which is for texts and "
+                "tokens (supervision_mode='all' trains whole conversations)"
+            )
+        return _conversation(messages, fields)
+    _refuse(fields, _OF_CONVERSATIONS)
+    if "prompt" in fields and "completion" in fields:
+        for name in ("prompt", "completion"):
+            check_text(f"the {name}", fields[name])
+        if mode == "pretrain":
+            return Text(fields["prompt"] + fields["completion"])
+        return Text(fields["completion"], fields["prompt"])
+    if "text" not in fields:
         raise ConversationError(
-            f"expected either the key 'messages' or the key 'conversations', found {found}"
+            "expected 'input_ids', 'messages', 'conversations', 'prompt' and 'completion', "
+            "'instruction' and 'output', or 'text', found "
+            + (", ".join(map(repr, fields)) or "none")
         )
-    for field in _RENDERED_FIELDS:
-        if row.get(field):
-            raise ConversationError(f"the field {field!r} is not supported yet")
-    messages = row[keys[0]]
-    if not isinstance(messages, list):
-        raise ConversationError(f"{keys[0]!r} must be a list, got {_kind(messages)}")
-    read = _sharegpt_message if keys[0] == "conversations" else _message
-    return Conversation(tuple(read(number, item) for number, item in enumerate(messages, 1)))
-
-
-def _message(number: int, item: object) -> Message:
-    role, content = _fields(number, item, "role", "content")
-    return Message(_role(number, role, _MESSAGES), content)
-
-
-def _sharegpt_message(number: int, item: object) -> Message:
-    speaker, value = _fields(number, item, "from", "value")
-    return Message(_role(number, speaker, _SHAREGPT), value)
-
-
-def _fields(number: int, item: object, role: str, content: str) -> tuple[Any, Any]:
-    if not isinstance(item, dict):
-        raise ConversationError(f"message {number} must be an object, got {_kind(item)}")
-    for key in (role, content):
-        if key not in item:
-            raise ConversationError(f"message {number} has no {key!r}")
-    # tool_calls, reasoning_content, weight, ... all change what should be trained.
-    extra = [key for key in item if key not in (role, content) and item[key] is not None]
-    if extra:
+    if mode == "sft":
         raise ConversationError(
-            f"message {number} has {extra[0]!r}, which is not supported yet "
-            f"(only {role!r} and {content!r} are)"
+            "the row is plain text, of which every token would be trained, and the source is 'sft:'"
         )
-    return item[role], item[content]
+    check_text("the text", fields["text"])
+    return Text(fields["text"])
 
 
-def _role(number: int, role: object, known: dict[str, str]) -> str:
-    if not isinstance(role, str) or role not in known:
-        raise _unknown_role(number, role, known)
-    return known[role]
+def _messages(fields: Mapping[str, Any]) -> tuple[Message, ...] | None:
+    """The messages of a row that is a conversation, None of one that is not."""
+    keys = [key for key in ("messages", "conversations") if key in fields]
+    if len(keys) == 2:
+        raise ConversationError("the row has 'messages' and 'conversations', which of them counts?")
+    if keys:
+        return read_messages(fields[keys[0]], keys[0])
+    if "prompt" in fields and "completion" in fields:
+        return prompt_messages(fields["prompt"], fields["completion"])
+    if "instruction" in fields and ("output" in fields or "response" in fields):
+        return alpaca_messages(fields)
+    return None
 
 
-def _unknown_role(number: int, role: object, known: Iterable[str]) -> ConversationError:
-    return ConversationError(
-        f"message {number} has the unknown role {role!r}, known are {', '.join(known)}"
-    )
+def _conversation(messages: tuple[Message, ...], fields: Mapping[str, Any]) -> Conversation:
+    system = one_text(fields, "system", "system_prompt")
+    if system and (not messages or messages[0].role != "system"):
+        weight = messages[0].weight if messages and "completion" in fields else 1.0
+        messages = (Message("system", system, weight=weight), *messages)
+    elif system and messages[0].content != system:
+        raise ConversationError("the row has 'system', and its first message is another one")
+    tools = read_tools(fields["tools"]) if fields.get("tools") else None
+    kwargs = read_template_kwargs(fields.get("chat_template_kwargs") or {})
+    return Conversation(messages, tools, kwargs)
 
 
-def _kind(value: object) -> str:
-    """What JSON calls the type of a value."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
+def _scaled(row: Any, fields: Mapping[str, Any]) -> Any:
+    """The row with its weights times the row's own weight."""
+    if "weight" not in fields:
+        return row
+    weight = as_float("the weight of the row", fields["weight"])
+    if isinstance(row, Text):
+        return replace(row, weight=weight)
+    if isinstance(row, Tokens):
+        return replace(row, token_weights=(row.token_weights * weight).astype("float32"))
+    return replace(row, messages=tuple(replace(m, weight=m.weight * weight) for m in row.messages))
+
+
+def _refuse(fields: Mapping[str, Any], names: Collection[str]) -> None:
+    for name, value in fields.items():
+        if name in names and not is_empty(value):
+            raise ConversationError(f"the field {name!r} is not supported in such a row")

@@ -1,172 +1,258 @@
-"""Where the answers and the other messages of a rendered conversation lie, in characters.
+"""Which characters of a rendered conversation the model would have sampled, turn by turn.
 
-Every place is found from renders of the template, none by searching the text for markers, and each
-is found in two ways that must agree. What does not agree is refused: a span is proven or not used.
+An answer begins where its generation prompt ends and ends with its stop token. Both are read from
+the template's own text, before and after what the message owns (``marks``), against what the
+template writes when it is asked to prompt for just this answer, or to end with it. What it writes
+does not depend on the words of a conversation, so it is asked once per kind of turn; a turn that
+does not match is asked for by itself, and refused if it still does not.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any
 
-from varlen_sft.data.formats import ConversationError, Message
+from varlen_sft.data.conversation import Conversation, ConversationError
+from varlen_sft.data.marks import Placed, common_prefix, place
 from varlen_sft.data.sample import ROLES
+from varlen_sft.data.template import ChatTemplate
+from varlen_sft.data.turns import Turns
 
-if TYPE_CHECKING:
-    from varlen_sft.data.template import ChatTemplate
-
-_PRIVATE_USE = range(0xE000, 0xF900)
+__all__ = ["Answer", "Layout", "Planner", "prefix_of"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One assistant turn: text[start:content_end] is its content, then comes ``stop``."""
+    """One assistant turn: text[start:stop_start] is said, text[stop_start:end] is ``stop``."""
 
     number: int  # of the message, from 1, for errors
     start: int  # where the generation prompt ends
-    content_end: int
+    stop_start: int
     end: int
     stop: str
 
 
 @dataclass(frozen=True)
 class Layout:
-    """``others`` are (start, end, role id) of the messages that are not answers."""
+    """A rendered conversation.
+
+    ``others`` are (start, end, role id, message number) of the messages that are not answers;
+    ``owned`` are (start, end, message number) of every string that came from the data, and not
+    from the template; ``rewritten`` are the numbers of answers whose reasoning was left out.
+    """
 
     text: str
     answers: tuple[Answer, ...]
-    others: tuple[tuple[int, int, int], ...]
+    others: tuple[tuple[int, int, int, int], ...]
+    owned: tuple[tuple[int, int, int], ...]
+    rewritten: tuple[int, ...] = ()
 
 
-def lay_out(template: ChatTemplate, messages: Sequence[Message], control: re.Pattern) -> Layout:
-    """Render messages and place them.
+@dataclass
+class Planner:
+    """Lays conversations out, and remembers what the template writes around answers.
 
     Args:
         template: the chat template.
-        messages: a whole conversation.
         control: matches the tokenizer's control tokens, the longest first.
-
-    Raises:
-        ConversationError: a content spells a control token, or a place cannot be proven.
     """
-    for number, message in enumerate(messages, 1):
-        if found := control.search(message.content):
+
+    template: ChatTemplate
+    control: re.Pattern[str]
+    _prompts: dict[Any, str] = field(default_factory=dict)
+    _endings: dict[Any, tuple[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.turns = Turns(self.template, self.control)
+
+    def lay_out(self, conversation: Conversation, only_last: bool = False) -> Layout:
+        """Render a conversation and place its messages.
+
+        Args:
+            only_last: the last answer is proven alone; those before it are history, which may be
+                written in any way, and belong to ``others``.
+
+        Raises:
+            ConversationError: a place cannot be proven; says which and why.
+        """
+        placed = place(self.template, conversation)
+        rewritten = _unwritten(conversation, placed)
+        answers, others = [], []
+        count = len(conversation.messages)
+        for i, message in enumerate(conversation.messages):
+            here = placed.places[i]
+            if message.role == "assistant" and (not only_last or i + 1 == count):
+                answers.append(self._answer(conversation, placed, i))
+            elif here.first >= 0:
+                others.append((here.first, here.last, ROLES.index(message.role), i + 1))
+        _check_disjoint(answers, others)
+        if self.template.has_generation_tags:
+            _check_tags(placed, answers)
+        owned = tuple(
+            (start, end, number)
+            for number, here in enumerate(placed.places, 1)
+            for start, end in here.owned
+        )
+        return Layout(placed.text, tuple(answers), tuple(others), owned, rewritten)
+
+    def _answer(self, conversation: Conversation, placed: Placed, i: int) -> Answer:
+        start = self._start(conversation, placed, i)
+        here = placed.places[i]
+        if 0 <= here.first < start:
             raise ConversationError(
-                f"the content of message {number} spells the control token {found.group()!r}"
+                f"message {i + 1} begins at character {here.first}, its generation prompt ends at "
+                f"{start}"
             )
-    text = template.render(messages)
-    turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    starts = {i: _answer_start(template, text, messages, i) for i in turns}
-    places = _contents(template, text, messages)
-    answers, others = [], []
-    for i, message in enumerate(messages):
-        if i not in starts and i in places:
-            others.append((*places[i], ROLES.index(message.role)))
-        elif i in starts:
-            start = starts[i]
-            if i in places and places[i][0] - _leading_space(message.content) != start:
-                raise ConversationError(
-                    f"message {i + 1} begins at character {places[i][0]}, its generation prompt "
-                    f"ends at {start}"
-                )
-            end = start + len(message.content)
-            stop = _stop_token(template, text, messages[: i + 1], end, control)
-            answers.append(Answer(i + 1, start, end, end + len(stop), stop))
-    return Layout(text, tuple(answers), tuple(others))
+        lead, stop = self._ending(conversation, placed, i, start)
+        stop_start = max(here.last, start) + len(lead)
+        injected = placed.text[start : here.first if here.first >= 0 else stop_start]
+        if header := self.turns.header_in(injected):
+            raise ConversationError(
+                f"the template writes {header!r} before the answer in message {i + 1} and does not "
+                "prompt with it, so it would be trained"
+            )
+        return Answer(i + 1, start, stop_start, stop_start + len(stop), stop)
+
+    def _start(self, conversation: Conversation, placed: Placed, i: int) -> int:
+        """Where the generation prompt of message i ends."""
+        before = placed.places[i - 1]
+        if before.last >= 0:
+            key = (_setting(conversation), conversation.messages[i - 1].role, *before.kinds)
+            known = self._prompts.get(key)
+            if known is not None and placed.text.startswith(known, before.last):
+                return before.last + len(known)
+        prompt = self._prompt(conversation, i)
+        if before.last >= 0 and prompt.places[-1].last >= 0:
+            tail = prompt.text[prompt.places[-1].last :]
+            if placed.text.startswith(tail, before.last):
+                self._prompts[key] = tail
+                return before.last + len(tail)
+        elif placed.text.startswith(prompt.text):
+            return len(prompt.text)
+        raise ConversationError(_rewritten_prompt(i, placed.text, prompt.text))
+
+    def _prompt(self, conversation: Conversation, i: int) -> Placed:
+        prefix = prefix_of(conversation, i)
+        return place(self.template, prefix, add_generation_prompt=True)
+
+    def _ending(
+        self, conversation: Conversation, placed: Placed, i: int, start: int
+    ) -> tuple[str, str]:
+        """What the template writes between answer i and its stop token, and that token."""
+        here = placed.places[i]
+        at = max(here.last, start)
+        key = (_setting(conversation), *here.kinds[-1:])
+        known = self._endings.get(key)
+        if here.last >= 0 and known and placed.text.startswith("".join(known), at):
+            return known
+        if i + 1 == len(conversation.messages):
+            tail = placed.text[at:]
+        else:
+            alone = place(self.template, prefix_of(conversation, i + 1))
+            last = alone.places[-1].last
+            if last < 0 and alone.text[:start] != placed.text[:start]:
+                raise ConversationError(_rewritten_prompt(i, placed.text, alone.text[:start]))
+            tail = alone.text[last if last >= 0 else start :]
+        found = self.turns.find_stop(tail)
+        if found is None or not placed.text.startswith("".join(found), at):
+            raise ConversationError(_no_stop(i, tail, placed.text[at:], found))
+        if here.last >= 0:
+            self._endings[key] = found
+        return found
 
 
-def _answer_start(template: ChatTemplate, text: str, messages: Sequence[Message], i: int) -> int:
-    """Where the generation prompt of message i ends and its content begins."""
-    content = messages[i].content
-    prompt = template.render(messages[:i], add_generation_prompt=True)
-    if not text.startswith(prompt):
-        raise ConversationError(
-            "the template rewrites history, or prompts with text that it does not keep: the "
-            f"prompt of message {i + 1} ends in "
-            f"{prompt[-40:]!r}, and the whole conversation does not begin with it "
-            f"(they part at character {_common_prefix(text, prompt)} of {len(prompt)})"
-        )
-    start = len(prompt)
-    if not text.startswith(content, start):
-        raise ConversationError(
-            f"the template changes the answer in message {i + 1} (it rewrites history, trims, or "
-            f"adds text of its own): after the generation prompt comes "
-            f"{text[start : start + 40]!r}, expected {content[:40]!r}"
-        )
-    return start
+def prefix_of(conversation: Conversation, count: int) -> Conversation:
+    """The first messages, which need not end with an answer."""
+    prefix = object.__new__(Conversation)
+    for name in ("tools", "template_kwargs"):
+        object.__setattr__(prefix, name, getattr(conversation, name))
+    object.__setattr__(prefix, "messages", conversation.messages[:count])
+    return prefix
 
 
-def _stop_token(
-    template: ChatTemplate, text: str, messages: Sequence[Message], at: int, control: re.Pattern
-) -> str:
-    """The control token at text[at:], which closes the last of messages."""
-    eos = template.special_tokens.get("eos_token")  # no question, and spares a render per turn
-    if eos and control.fullmatch(eos) and text.startswith(eos, at):
-        return eos
-    found = control.match(text, at)
-    # Another token may as well open the next header; it closes this turn only if it is there
-    # without a next turn.
-    if found and template.render(messages)[: found.end()] == text[: found.end()]:
-        return found.group()
-    raise ConversationError(
-        f"no stop token closes the answer in message {len(messages)}: it is followed by "
-        f"{text[at : at + 40]!r}"
+def _setting(conversation: Conversation) -> tuple[Any, ...]:
+    """All but its words that may change what a template writes around an answer."""
+    kwargs = conversation.template_kwargs
+    return (
+        json.dumps(kwargs, sort_keys=True, default=repr) if kwargs else "",
+        conversation.tools is None,
+        conversation.messages[0].role,
     )
 
 
-def _contents(
-    template: ChatTemplate, text: str, messages: Sequence[Message]
-) -> dict[int, tuple[int, int]]:
-    """(start, end) of each content, less outer white space, by message index; blank ones have none.
+def _unwritten(conversation: Conversation, placed: Placed) -> tuple[int, ...]:
+    """Numbers of the answers whose reasoning the template left out; raise for anything else."""
+    rewritten = []
+    last_user = max(i for i, m in enumerate(conversation.messages) if m.role != "assistant")
+    for i, message in enumerate(conversation.messages):
+        written = placed.places[i].kinds
+        if message.content.strip() and "content" not in written:
+            raise ConversationError(f"the template leaves out the content of message {i + 1}")
+        if written.count("name") < len(message.tool_calls):
+            raise ConversationError(f"the template leaves out the tool calls of message {i + 1}")
+        thinks = (message.reasoning_content or "").strip() and "reasoning" not in written
+        if thinks and i > last_user:
+            raise ConversationError(
+                f"the template leaves out the reasoning_content of message {i + 1}, the last answer"
+            )
+        if thinks or (message.role == "assistant" and _lost_thinking(message.content, placed, i)):
+            rewritten.append(i + 1)
+    return tuple(rewritten)
 
-    Found by rendering once more with two characters that occur nowhere else around every content.
-    They stand inside its outer white space, so that a template may trim as it does without them.
+
+def _lost_thinking(content: str, placed: Placed, i: int) -> bool:
+    """Whether thinking that stands inside a content is not in the render before its end."""
+    if "</think>" not in content:
+        return False
+    thinking = content.partition("</think>")[0].rpartition("<think>")[2].strip()
+    before = placed.places[i - 1].last if i else 0
+    return thinking not in placed.text[max(before, 0) : placed.places[i].last]
+
+
+def _check_disjoint(answers: Sequence[Answer], others: Sequence[tuple[int, int, int, int]]) -> None:
+    spans = [(answer.start, answer.end, answer.number) for answer in answers]
+    spans += [(start, end, number) for start, end, _, number in others]
+    spans.sort(key=lambda span: span[2])
+    for (_, end, one), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise ConversationError(
+                f"message {other} begins at character {start}, before message {one} ends at {end}"
+            )
+
+
+def _check_tags(placed: Placed, answers: Sequence[Answer]) -> None:
+    """The template's own ``{% generation %}`` tags have to enclose every answer.
+
+    Some enclose the header too (GPT-OSS of TRL), or white space after the stop token: what is
+    trained is less, then.
     """
-    opening, closing = _unused(text, messages)
-    marked = {i: m for i, m in enumerate(messages) if m.content.strip()}
-    rendered = template.render(
-        [_mark(m, opening, closing) if i in marked else m for i, m in enumerate(messages)]
-    )
-    pairs = list(re.finditer(f"{opening}([^{opening}{closing}]*){closing}", rendered))
-    contents = [m.content.strip() for m in marked.values()]
-    plain = rendered.replace(opening, "").replace(closing, "")
-    if plain != text or [pair.group(1) for pair in pairs] != contents:
-        raise ConversationError(
-            "the template does not write every message once, in order and as it is, so its "
-            "text cannot be told from the template's own"
-        )
-    places = {}
-    for k, (i, pair) in enumerate(zip(marked, pairs, strict=True)):
-        start = pair.start() - 2 * k
-        places[i] = (start, start + len(pair.group(1)))
-    return places
+    for answer in answers:
+        tag = next((tag for tag in placed.tags if tag[0] <= answer.start < tag[1]), None)
+        if tag is None or tag[1] < answer.end:
+            shown = "nothing" if tag is None else repr(placed.text[slice(*tag)])
+            raise ConversationError(
+                f"the template's generation tags enclose {shown} for message {answer.number}, a "
+                f"model samples {placed.text[answer.start : answer.end]!r}"
+            )
 
 
-def _unused(text: str, messages: Sequence[Message]) -> tuple[str, str]:
-    """Two private-use characters that occur neither in the render nor in a message."""
-    used = set(text).union(*(message.content for message in messages))
-    free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
-    opening, closing = next(free, None), next(free, None)
-    if opening is None or closing is None:
-        raise ConversationError("the conversation uses every private-use character")
-    return opening, closing
-
-
-def _mark(message: Message, opening: str, closing: str) -> Message:
-    lead, core = _leading_space(message.content), message.content.strip()
-    content = message.content
-    return Message(
-        message.role, content[:lead] + opening + core + closing + content[lead + len(core) :]
+def _rewritten_prompt(i: int, text: str, prompt: str) -> str:
+    at = common_prefix(text, prompt)
+    return (
+        f"the template rewrites history: the prompt of message {i + 1} ends in {prompt[-40:]!r}, "
+        f"and the whole conversation parts from it at character {at} of {len(prompt)}: "
+        f"{text[at : at + 40]!r}; history=per_assistant makes a row of each answer"
     )
 
 
-def _leading_space(content: str) -> int:
-    return len(content) - len(content.lstrip())
-
-
-def _common_prefix(a: str, b: str) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+def _no_stop(i: int, tail: str, text: str, found: tuple[str, str] | None) -> str:
+    if found is None:
+        return f"no stop token closes the answer in message {i + 1}: it is followed by {tail!r}"
+    return (
+        f"the template rewrites history: the answer in message {i + 1} ends with "
+        f"{''.join(found)!r} when it is the last, and is followed by {text[:40]!r} here; "
+        "history=per_assistant makes a row of each answer"
     )

@@ -64,12 +64,13 @@ def _samples(
     check: Callable[[Sample], None],
 ) -> Iterator[Sample]:
     while batch := list(islice(rows, BATCH)):
-        outcomes = tokenizer.encode_outcomes(conversation for _, conversation in batch)
+        outcomes = tokenizer.encode_rows(conversation for _, conversation in batch)
         for (row, _), outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, ConversationError):
                 raise InputError(str(outcome), file=path, row=row)
-            try:
-                check(outcome)
-            except InputError as error:
-                raise InputError(error.reason, file=path, row=row) from None
-            yield outcome
+            for sample in outcome:
+                try:
+                    check(sample)
+                except InputError as error:
+                    raise InputError(error.reason, file=path, row=row) from None
+                yield sample

@@ -7,136 +7,142 @@ here as there, without importing it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from varlen_sft.data.formats import ConversationError, Message
-from varlen_sft.errors import InputError
+from varlen_sft.data.conversation import ConversationError, Message
 
-SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-"""The variables of a template that name a token."""
+GENERATION_MARKS = "varlen_sft_generation_marks"
+"""The template variable that says what ``{% generation %}`` writes around its text."""
+
+_PROBE = "varlen"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
     """A compiled chat template.
 
+    Attributes:
+        has_generation_tags: it marks answers with ``{% generation %}``.
+        reasoning_key: the name under which it reads what an assistant thought.
+
     Args:
         source: the Jinja text.
         special_tokens: template variables such as ``bos_token``.
+        stop_tokens: tokens at which the model's generation ends, besides ``eos_token``.
 
     Raises:
         TemplateSyntaxError: the source is not Jinja.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], stop_tokens: Sequence[str] = ()
+    ) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens)
-        self._template = _environment().from_string(source)
+        self.stop_tokens = tuple(stop_tokens)
+        environment = _environment()
+        self._template = environment.from_string(source)
+        tree = environment.parse(source)
+        self.has_generation_tags = any(
+            block.call.node.name == "_mark_generation"
+            for block in tree.find_all(nodes.CallBlock)
+            if isinstance(block.call.node, nodes.ExtensionAttribute)
+        )
+        self.variables = meta.find_undeclared_variables(tree)
+        self.reasoning_key = next(
+            (name for name in _REASONING if re.search(rf"\b{name}\b", source)), _REASONING[0]
+        )
+        # Templates of models that see images want a list of parts, and write no plain string.
+        self._content_in_parts = False
+        self._content_in_parts = not self._writes(_PROBE) and self._writes(
+            [{"type": "text", "text": _PROBE}]
+        )
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def _writes(self, content: object) -> bool:
+        messages = [{"role": role, "content": content} for role in ("user", "assistant")]
+        try:
+            return _PROBE in self.render(messages)
+        except ConversationError:
+            return False
+
+    def view(self, message: Message) -> dict[str, Any]:
+        """A message as templates read it: absent fields are absent, not None."""
+        content = message.content
+        parts = [{"type": "text", "text": content}] if self._content_in_parts else content
+        view: dict[str, Any] = {"role": message.role, "content": parts, **message.extra}
+        if message.reasoning_content is not None:
+            view[self.reasoning_key] = message.reasoning_content
+        if message.tool_calls:
+            view["tool_calls"] = list(message.tool_calls)
+        return view
+
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+        generation_marks: tuple[str, str] = ("", ""),
+    ) -> str:
         """The text of a conversation as the model sees it.
+
+        Args:
+            messages: what the template loops over, as messages or views of them.
+            tools: schemas of functions, or None.
+            template_kwargs: further variables of the template.
+            add_generation_prompt: end with the header that the model answers to.
+            generation_marks: written before and after what ``{% generation %}`` tags enclose.
 
         Raises:
             ConversationError: the template refused the conversation; its own words are the reason.
         """
+        views = [self.view(m) if isinstance(m, Message) else m for m in messages]
+        variables: dict[str, Any] = {
+            "tools": tools,  # templates test `tools is not none`, so undefined would not do
+            "documents": None,
+            **self.special_tokens,
+            **(template_kwargs or {}),
+            GENERATION_MARKS: generation_marks,
+        }
         try:
             return self._template.render(
-                messages=[{"role": m.role, "content": m.content} for m in messages],
-                tools=None,  # templates test `tools is not none`, so undefined would not do
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
+                messages=views, add_generation_prompt=add_generation_prompt, **variables
             )
         except TemplateError as error:
             raise ConversationError(f"the chat template refused: {error}") from None
-
-
-def read_template(folder: Path) -> ChatTemplate:
-    """The chat template of a model folder.
-
-    ``chat_template.jinja`` comes first, then ``chat_template`` in ``tokenizer_config.json`` (of
-    several named ones, ``default``).
-
-    Raises:
-        InputError: no template, or one that does not compile.
-    """
-    config_path = folder / "tokenizer_config.json"
-    config = _read_json(config_path) if config_path.exists() else {}
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        source: object = _read_text(path)
-    else:
-        path, source = config_path, config.get("chat_template")
-        if isinstance(source, list):
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-    if not isinstance(source, str):
-        raise InputError(
-            "no chat template: neither chat_template.jinja nor 'chat_template' in "
-            "tokenizer_config.json",
-            file=folder,
-        )
-    try:
-        return ChatTemplate(source, _special_tokens(config))
-    except TemplateSyntaxError as error:
-        reason = f"not a Jinja template: line {error.lineno}: {error.message}"
-        raise InputError(reason, file=path) from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8: {error.reason} at byte {error.start + 1}"
-        raise InputError(reason, file=path) from None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error}", file=path) from None
-    if not isinstance(value, dict):
-        raise InputError("expected a JSON object", file=path)
-    return value
-
-
-def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
-    tokens = {}
-    for name in SPECIAL_TOKENS:
-        token = config.get(name)
-        if isinstance(token, dict):  # a serialised AddedToken
-            token = token.get("content")
-        if isinstance(token, str):
-            tokens[name] = token
-    return tokens
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
+            # What Jinja does not wrap: `none + "text"`, a filter on another type.
+            raise ConversationError(
+                f"the chat template failed: {type(error).__name__}: {error}"
+            ) from None
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks answers for transformers; here spans are proven another way."""
+    """``{% generation %}``, by which templates mark what transformers is to train."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+        call = self.call_method("_mark_generation", [nodes.ContextReference()])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _mark_generation(self, context: Context, caller: Callable[[], str]) -> str:
+        opening, closing = context[GENERATION_MARKS]
+        return opening + caller() + closing
 
 
 class _PlainNamespace(Namespace):

@@ -48,7 +48,7 @@ STYLE = """
   padding: 2px 10px; margin: 0 4px 6px 0; font-size: .85rem; cursor: pointer; }
 input:checked + label { background: var(--fg); color: var(--bg); }
 input:focus-visible + label { outline: 2px solid var(--a); outline-offset: 2px; }
-#f1:checked ~ .sequence .t:not(.s) { opacity: .15; }
+#f1:checked ~ .sequence .t:not(.s), #chosen:checked ~ .sequence .t.x { opacity: .15; }
 """ + "".join(_role_style(number, role) for number, role in enumerate(ROLES, 2))
 
 
@@ -65,10 +65,14 @@ class PackPicture:
     weights: list[float]  # (T,)
     edges: list[int]  # (B + 1,) from 0 to T
     pad_tokens: int  # at the end of T
+    names: tuple[str, ...] = ()  # (B,) where each sequence comes from, or nothing to tell
 
 
 def picture_pack(
-    samples: Sequence[Sample], batch: PackedBatch, tokenizer: ChatTokenizer
+    samples: Sequence[Sample],
+    batch: PackedBatch,
+    tokenizer: ChatTokenizer,
+    names: Sequence[str] = (),
 ) -> PackPicture:
     """Everything the page says about one pack.
 
@@ -76,6 +80,7 @@ def picture_pack(
         samples: those of the pack, in its order; they know the roles.
         batch: what a model is given, on any device.
         tokenizer: spells single tokens; a part of a character becomes U+FFFD.
+        names: where each sample comes from, to be told beside its number.
 
     Raises:
         ValueError: the samples are not those of the batch, or an id is not the tokenizer's.
@@ -94,6 +99,7 @@ def picture_pack(
         weights=batch.token_weights.tolist(),
         edges=batch.cu_seqlens.tolist(),
         pad_tokens=batch.pad_tokens,
+        names=tuple(names),
     )
 
 
@@ -103,19 +109,35 @@ def visible(text: str) -> str:
     return "".join(shown)
 
 
-def draw(pack: PackPicture) -> Html:
-    """The pack with a legend and buttons that dim all but one kind of token (no script)."""
-    buttons: list[Html] = []
-    for number, name in enumerate(FILTERS):
-        checked = "" if number == 0 else None
-        name_of = {"type": "radio", "name": "shown", "id": f"f{number}", "checked": checked}
-        buttons += tag("input", **name_of), tag("label", name, for_=f"f{number}")
+def draw(pack: PackPicture, roles: Sequence[str] = ()) -> Html:
+    """The pack with a legend and buttons that dim all but one kind of token (no script).
+
+    Args:
+        pack: what is drawn.
+        roles: those that are not dim at first; all where there are none.
+    """
     sequences = [
-        _sequence(pack, number, start, end)
+        _sequence(pack, number, start, end, roles)
         for number, (start, end) in enumerate(pairwise(pack.edges), 1)
         if end > start
     ]
-    return tag("div", *buttons, _legend(), *sequences, class_="pack", id="pack")
+    return tag("div", *_buttons(roles), _legend(), *sequences, class_="pack", id="pack")
+
+
+def _buttons(roles: Sequence[str]) -> list[Html]:
+    names = {f"f{number}": name for number, name in enumerate(FILTERS)}
+    pressed = "f0"
+    if len(roles) == 1:
+        pressed = f"f{FILTERS.index(roles[0])}"
+    elif roles:  # no button shows two roles: they get one of their own
+        pressed = "chosen"
+        names[pressed] = ", ".join(roles)
+    drawn: list[Html] = []
+    for name, text in names.items():
+        checked = "" if name == pressed else None
+        drawn.append(tag("input", type="radio", name="shown", id=name, checked=checked))
+        drawn.append(tag("label", text, for_=name))
+    return drawn
 
 
 def _legend() -> Html:
@@ -130,19 +152,20 @@ def _legend() -> Html:
     )
 
 
-def _sequence(pack: PackPicture, number: int, start: int, end: int) -> Html:
+def _sequence(pack: PackPicture, number: int, start: int, end: int, roles: Sequence[str]) -> Html:
     """One block: a rule, what it is, and its tokens."""
     targets = sum(label >= 0 for label in pack.labels[start:end])
     padding = start >= len(pack.ids) - pack.pad_tokens
-    name = f"sequence {number}, {end - start} tokens, " + (
+    origin = "" if padding or not pack.names else f" ({pack.names[number - 1]})"
+    name = f"sequence {number}{origin}, {end - start} tokens, " + (
         "padding" if padding else f"{targets} targets"
     )
-    tokens = Html("\n".join(_token(pack, row) for row in range(start, end)))
+    tokens = Html("\n".join(_token(pack, row, roles) for row in range(start, end)))
     data = {"data_tokens": end - start, "data_targets": targets}
     return tag("div", tag("h3", name), tokens, class_="sequence", **data)
 
 
-def _token(pack: PackPicture, row: int) -> Html:
+def _token(pack: PackPicture, row: int, roles: Sequence[str]) -> Html:
     label, role = pack.labels[row], pack.roles[row]
     text, position = visible(pack.texts[row]), pack.positions[row]
     target = f"{visible(pack.label_texts[row])} (id {label})" if label >= 0 else "no target"
@@ -155,7 +178,7 @@ def _token(pack: PackPicture, row: int) -> Html:
         "span",
         text,
         *below,
-        class_=f"t {role}{' s' * (label >= 0)}",
+        class_=f"t {role}{' s' * (label >= 0)}{' x' * (bool(roles) and role not in roles)}",
         title=hover,
         data_id=pack.ids[row],
         data_pos=position,
