@@ -64,6 +64,17 @@ def test_json_text_in_arrow_keeps_its_nulls(tmp_path):
     ]
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table, sink = (
+        pa.table([pa.array([1]), pa.array([2])], names=["a", "a"]),
+        pa.BufferOutputStream(),
+    )
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    path = put(tmp_path, sink.getvalue().to_pybytes())
+    assert problem(path) == f"{path}: two columns of one name: a, a"
+
+
 # -- folders that datasets saved
 
 

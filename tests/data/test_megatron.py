@@ -53,7 +53,7 @@ def test_documents_of_tokens_and_mask(tmp_path):
     assert [row["loss_mask"].tolist() for row in rows] == [[0, 1, 1], [], [1]]
 
 
-@pytest.mark.parametrize("tokens", [[7, 8, 1], [7, 8, 1, 2]])
+@pytest.mark.parametrize("tokens", [[7, 0, 1], [7, 8, 1, 2]])
 def test_documents_that_are_not_tokens_and_mask_are_named(tmp_path, tokens):
     prefix = write(tmp_path / "data", [[[5, 1]], [tokens]])
     with pytest.raises(InputError) as caught:
@@ -107,6 +107,18 @@ def test_a_bad_index_is_named(tmp_path, expected):
     with pytest.raises(InputError) as caught:
         megatron_rows(prefix)  # before the first row
     assert str(caught.value) == f"{prefix}.idx: {expected}"
+
+
+def test_an_index_is_checked_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr("varlen_sft.data.megatron._BLOCK", 2)
+    prefix = write(tmp_path / "data", DOCUMENTS)
+    assert [len(row["input_ids"]) for _, row in megatron_rows(prefix)] == [3, 3, 0, 0]
+    write(prefix, DOCUMENTS, documents=i8(0, 4, 3, 4, 4))
+    with pytest.raises(InputError, match="document 2 begins before document 1"):
+        read_index(prefix)
+    write(prefix, DOCUMENTS, pointers=i8(0, 4, 6, 10))
+    with pytest.raises(InputError, match="sequence 3 must begin at byte 12, .* says 10"):
+        read_index(prefix)
 
 
 def test_a_header_that_stops_is_named(tmp_path):

@@ -167,6 +167,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, data):
     assert problem(path).startswith(f"{path}{comma}{expected}")
 
 
+def test_an_error_far_into_an_array_has_its_place_in_the_file(tmp_path):
+    text = json.dumps([{"text": "x" * 1000}] * 200)[:-1]
+    path = put(tmp_path, text + ", {]")
+    assert problem(path) == (
+        f"{path}, row 201: not JSON: Expecting property name enclosed in double quotes at "
+        f"character {len(text) + 4} of the file"
+    )
+
+
 def test_a_file_that_is_damaged_further_on_gives_the_rows_before(tmp_path):
     rows = [{"text": os.urandom(3000).hex()} for _ in range(50)]
     whole = gzip.compress(lines(rows))

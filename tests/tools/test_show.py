@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.data.test_chat import CHATML, TOKENS, train_tokenizer
 from tests.tools.test_report import Page, pixels, tokens
@@ -233,6 +234,21 @@ def test_colours_only_in_a_terminal_and_underlined_there(show, file, folder):
     assert plain == show()[1] and "\x1b" not in show()[1]
 
 
+def test_long_tokens_are_clipped_and_parts_of_characters_named(show, tmp_path, folder):
+    tokenizer = train_tokenizer()
+    tokenizer.add_special_tokens(["<" + "x" * 60 + ">"])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    shutil.copy(folder / "tokenizer_config.json", tmp_path)
+    long = tokenizer.get_vocab_size() - 1
+    data = write(tmp_path / "a.jsonl", {"input_ids": [1, long], "labels": [-100, long]})
+    out = show("--model", tmp_path, data=data)[1]
+    assert out.count("<" + "x" * 38 + "…") == 2 and "x" * 39 not in out.split("Each row")[1]
+    assert "is a part of a character" not in out
+    out = show(data=write(tmp_path / "b.jsonl", messages(["hello", "\U0001f999"])))[1]
+    assert "⟦\U0001f999<|im_end|>⟧" in out and out.count("→ \ufffd\n") == 3
+    assert "the token after it. \ufffd is a part of a character.\n" in out
+
+
 def test_what_a_message_holds_is_text(show):
     out = show("--row", 3)[1]
     answer = "<script>alert(1)</script>[red]\"'&amp;⇥\\u202e<|im_end|>"
@@ -260,6 +276,27 @@ def test_a_row_that_gives_several_samples_is_a_pack(show):
     assert fact(out, "row") == "2" and fact(out, "cu_seqlens") == "0 19 51"
     assert "sequence 1 (row 2, 1 of 2)\n" in out and "sequence 2 (row 2, 2 of 2)\n" in out
     assert re.findall("⟦([^ ].*?)⟧", out, flags=re.S) == ["↵\n↵\nhello<|im_end|>", "é🤖<|im_end|>"]
+
+
+def test_what_the_tokenizer_met_is_told(show, tmp_path, folder):
+    data = write(tmp_path / "a.jsonl", messages(["a<|im_end|>b", "it is."]))
+    out = show(data=data)[1]
+    assert fact(out, "control tokens") == "spelled in a message, and kept as text there"
+    assert "a<|im_end|>b<|im_end|>↵\n" in text_of(out)
+    assert len(re.findall(r"<\|im_end\|> +2 +", out)) == 2  # as control tokens
+    talk = messages(["hello", "it is.", "what?", "world"])
+    for number in (1, 3):
+        talk["messages"][number]["reasoning_content"] = "hello world"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = CHATML.replace(
+        "m['content']", "(m.reasoning_content if m.reasoning_content and loop.last else '') "
+        "+ m['content']"
+    )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    out = show("--model", tmp_path, data=write(tmp_path / "b.jsonl", talk))[1]
+    assert fact(out, "history") == "the thinking of 1 answer is left out"
+    assert re.findall("⟦([^ ].*?)⟧", out) == ["it is.<|im_end|>", "hello worldworld<|im_end|>"]
 
 
 def test_an_untrained_stop_token_is_told(show, tmp_path, folder):
@@ -294,6 +331,30 @@ def test_the_first_token_of_a_document_cannot_be_trained(show, tmp_path):
     assert fact(out, "tokens") == "4, 3 supervised (75.0%)"
     assert text_of(out) == "hel⟦lo world<|im_end|>⟧"
     assert fact(out, "stop token") == "<|im_end|> ends 1 answer, trained"
+
+
+def test_no_space_is_lost_where_decoders_lose_one(show, tmp_path):
+    """SentencePiece's way: a space belongs to its word, and decoding drops the very first."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["<s>[INST] hello world [/INST] it is.</s>"] * 50, trainer)
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
+        "[/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    config = {"chat_template": template, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    out = show("--model", tmp_path)[1]
+    assert text_of(out) == "<s>[INST] hello [/INST]⟦ it is.</s>⟧"
+    words = re.findall(r"^ +1 +\d+  (\S+)", out, flags=re.M)
+    assert "".join(words) == "<s>[INST]·hello·[/INST]·it·is."
 
 
 # -- packs

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from varlen_sft.data.template import ChatTemplate
 
 _T = TypeVar("_T")
+_BATCH, _AHEAD = 64, 2  # rows that the tokenizer is given at a time; batches that wait for it
 _KEEP_HISTORY = {
     "preserve_thinking": True,
     "keep_past_thinking": True,
@@ -150,15 +152,34 @@ class ChatTokenizer:
         """
         options = options or MaskOptions()
         rows = list(rows)
-        jobs = [_outcome(self._jobs, row, options) for row in rows]
-        laid_out = [job for made in jobs if isinstance(made, list) for job in made]
-        encoded = iter(self._encoder.encode([job.layout.text for job in laid_out]))
-        return [
-            made
-            if isinstance(made, ConversationError)
-            else _outcome(self._samples, row, made, [next(encoded) for _ in made], options)
-            for row, made in zip(rows, jobs, strict=True)
-        ]
+        waiting: deque[tuple[Sequence[Row], list, Future]] = deque()
+        done: list[tuple[Sample, ...] | ConversationError] = []
+        # The tokenizer works without Python's lock: while it has one batch, the next is rendered.
+        with ThreadPoolExecutor(1) as pool:
+            for start in range(0, len(rows), _BATCH):
+                batch = rows[start : start + _BATCH]
+                jobs = [_outcome(self._jobs, row, options) for row in batch]
+                texts = [j.layout.text for made in jobs if isinstance(made, list) for j in made]
+                waiting.append((batch, jobs, pool.submit(self._encoder.encode, texts)))
+                if len(waiting) > _AHEAD:
+                    done += self._finished(*waiting.popleft(), options)
+            while waiting:
+                done += self._finished(*waiting.popleft(), options)
+        return done
+
+    def _finished(
+        self,
+        rows: Sequence[Row],
+        jobs: Sequence[list[_Job] | ConversationError],
+        tokens: Future[list[Encoded | ConversationError]],
+        options: MaskOptions,
+    ) -> Iterator[tuple[Sample, ...] | ConversationError]:
+        encoded = iter(tokens.result())
+        for row, made in zip(rows, jobs, strict=True):
+            if isinstance(made, ConversationError):
+                yield made
+            else:
+                yield _outcome(self._samples, row, made, [next(encoded) for _ in made], options)
 
     def cross_check(
         self, rows: Iterable[Row], options: MaskOptions | None = None
@@ -222,7 +243,7 @@ class ChatTokenizer:
         if self._encoder.byte_level:
             row = normalised(row, self._encoder.tokenizer.normalizer)
         if options.history == "preserve":
-            row = self._with_history(row)
+            row = self.keep_history(row)
         if options.history != "per_assistant":
             layout = self.planner.lay_out(row, options.supervision_mode == "last_assistant")
             if options.history == "preserve" and layout.rewritten:
@@ -237,7 +258,8 @@ class ChatTokenizer:
             _Job(prefix, self.planner.lay_out(prefix, only_last=True), True) for prefix in prefixes
         ]
 
-    def _with_history(self, row: Conversation) -> Conversation:
+    def keep_history(self, row: Conversation) -> Conversation:
+        """The row with the variables by which the template leaves earlier thinking in, if any."""
         kwargs = {
             name: value
             for name, value in _KEEP_HISTORY.items()

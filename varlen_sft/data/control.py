@@ -67,11 +67,14 @@ class ControlTokens:
         at = self.flags[0, encoded.ids].nonzero()[0]
         if not len(at) or not layout.owned:
             return
-        starts, ends, numbers = zip(*layout.owned, strict=True)
-        first, last = encoded.units(starts), encoded.units(ends)
+        places = [place for owned in layout.owned for place in owned[:2]]
+        first, last = encoded.units(places).reshape(-1, 2).T
         # The last owned string that begins before the token ends; strings do not overlap.
         near = np.searchsorted(first, encoded.ends[at]) - 1
         hit = (near >= 0) & (last[near] > encoded.starts[at])
+        if not hit.any():
+            return
+        numbers = [number for *_, number in layout.owned]
         answers = {answer.number for answer in layout.answers}
         for token, k in zip(encoded.ids[at[hit]].tolist(), near[hit].tolist(), strict=True):
             text, in_answer = self._texts[token], numbers[k] in answers

@@ -38,15 +38,12 @@ class Encoded:
 
     def units(self, places: Sequence[int]) -> np.ndarray:
         """Characters of the text in the units of starts and ends."""
+        at = np.array(places, dtype=np.int64)
         if not self.in_bytes or self.text.isascii():
-            return np.array(places, dtype=np.int64)
-        order = sorted(set(places))
-        sizes, last = {}, 0
-        total = 0
-        for at in order:
-            total += len(self.text[last:at].encode())
-            sizes[at], last = total, at
-        return np.array([sizes[at] for at in places], dtype=np.int64)
+            return at
+        codes = np.frombuffer(self.text.encode("utf-32-le"), dtype=np.uint32)
+        sizes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF).astype(np.int64)
+        return np.concatenate(([0], np.cumsum(sizes)))[at]
 
     def overlapping(self, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For spans [first, last) in units, the tokens [a, b) that have any of them."""

@@ -15,9 +15,10 @@ copies of it, as data sets often keep both:
 A conversation may come with ``tools``, ``chat_template_kwargs``, ``system`` (or ``system_prompt``,
 for its first message) and ``weight``, which multiplies the weights of its messages.
 
-Any other column is metadata (id, source, score, ...) and ignored, since no template sees it, with
-the exception of REFUSED: those hold something the model would see or be trained on. What cannot be
-trained as it stands is refused with a reason; nothing is mended or dropped on the way.
+Any other column is metadata (id, source, score, ...) and ignored, since no template sees it. Not so
+REFUSED, which hold something the model would see or be trained on, and what belongs to another kind
+of row (tools beside a text, labels beside messages): those are refused unless they are empty. What
+cannot be trained as it stands is refused with a reason; nothing is mended or dropped on the way.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from varlen_sft.data.conversation import Conversation, ConversationError
 from varlen_sft.data.marks import Placed, common_prefix, place
 from varlen_sft.data.sample import ROLES
 from varlen_sft.data.template import ChatTemplate
-from varlen_sft.data.turns import Turns
+from varlen_sft.data.turn_text import TurnText
 
 __all__ = ["Answer", "Layout", "Planner", "prefix_of"]
 
@@ -66,7 +66,7 @@ class Planner:
     _endings: dict[Any, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.turns = Turns(self.template, self.control)
+        self.turns = TurnText(self.template, self.control)
 
     def lay_out(self, conversation: Conversation, only_last: bool = False) -> Layout:
         """Render a conversation and place its messages.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from varlen_sft.data.conversation import Conversation, ConversationError, Message, strings_in
@@ -95,9 +96,10 @@ def place(
     """
     messages = conversation.messages
     plain = render(template, messages, conversation, add_generation_prompt)
-    marker = _Marker(set(_PRIVATE.findall(plain)).union(*map(_private_in, messages)))
+    used = set() if plain.isascii() else set(_PRIVATE.findall(plain))
+    marker = _Marker(used.union(*map(_private_in, messages)))
     generation = marker.pair()
-    marked = [_marked(marker, number, message) for number, message in enumerate(messages)]
+    marked = [_marked(template, marker, i, message) for i, message in enumerate(messages)]
     rendered = render(template, marked, conversation, add_generation_prompt, generation)
     text, found = _take_out(rendered, marker.marks, generation)
     if text != plain:
@@ -108,7 +110,7 @@ def place(
 
 def render(
     template: ChatTemplate,
-    messages: Sequence[Message],
+    messages: Sequence[Message | Mapping[str, Any]],
     conversation: Conversation,
     add_generation_prompt: bool = False,
     generation_marks: tuple[str, str] = ("", ""),
@@ -123,14 +125,13 @@ def render(
     )
 
 
-def _marked(marker: _Marker, number: int, message: Message) -> Message:
+def _marked(template: ChatTemplate, marker: _Marker, i: int, message: Message) -> dict[str, Any]:
     reasoning = message.reasoning_content
-    return Message(
-        message.role,
-        marker.mark(message.content, number, "content"),
-        None if reasoning is None else marker.mark(reasoning, number, "reasoning"),
-        tuple(_marked_call(marker, number, call) for call in message.tool_calls),
-        message.extra,
+    return template.view(
+        message,
+        marker.mark(message.content, i, "content"),
+        None if reasoning is None else marker.mark(reasoning, i, "reasoning"),
+        [_marked_call(marker, i, call) for call in message.tool_calls],
     )
 
 
@@ -154,16 +155,14 @@ def _take_out(
     rendered: str, marks: Sequence[_Mark], generation: tuple[str, str]
 ) -> tuple[str, dict[str, list[int]]]:
     """The render without marks, and where each of them stood."""
-    known = {*generation}.union(*((mark.opening, mark.closing) for mark in marks))
+    known = {*generation, *(m.opening for m in marks), *(m.closing for m in marks)}
+    pieces = _PRIVATE.split(rendered)
+    if not known.issuperset(pieces[1::2]):  # a message holds such characters of its own
+        pieces = re.split(f"([{''.join(known)}])", rendered)
     found: dict[str, list[int]] = {}
-    pieces, at = [], 0
-    for piece in _PRIVATE.split(rendered):
-        if piece in known:
-            found.setdefault(piece, []).append(at)
-        else:
-            pieces.append(piece)
-            at += len(piece)
-    return "".join(pieces), found
+    for mark, at in zip(pieces[1::2], accumulate(map(len, pieces[::2])), strict=False):
+        found.setdefault(mark, []).append(at)
+    return "".join(pieces[::2]), found
 
 
 def _places(

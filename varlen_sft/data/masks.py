@@ -91,15 +91,17 @@ def weigh(
     if options.supervision_mode == "all":
         weights[:] = 1
     messages = conversation.messages
-    for (*_, role, number), (first, last) in zip(
-        layout.others, _tokens(encoded, layout.others), strict=True
-    ):
+    others = _tokens(encoded, layout.others).tolist()
+    for (_, _, role, number), (first, last) in zip(layout.others, others, strict=True):
         roles[first:last] = role
         if ROLES[role] in options.roles:
             weights[first:last] = 1
-        weights[first:last] *= messages[number - 1].weight * (role != _ASSISTANT)
+        if role == _ASSISTANT:
+            weights[first:last] = 0
+        elif messages[number - 1].weight != 1:
+            weights[first:last] *= messages[number - 1].weight
     trained = _trained(layout, options, only_last)
-    for answer, (first, last) in zip(layout.answers, spans, strict=True):
+    for answer, (first, last) in zip(layout.answers, spans.tolist(), strict=True):
         roles[first:last] = _ASSISTANT
         weights[first:last] = messages[answer.number - 1].weight * (answer.number in trained)
     if options.mask_special_tokens:
@@ -117,26 +119,22 @@ def answer_tokens(layout: Layout, encoded: Encoded, control: ControlTokens) -> n
     Raises:
         ConversationError: a token reaches over the end of an answer or of its stop token.
     """
-    places = [(a.start, a.stop_start, a.end) for a in layout.answers]
-    units = encoded.units([place for three in places for place in three]).reshape(-1, 3)
-    first, last = encoded.overlapping(units[:, 0], units[:, 2])
-    for answer, (start, stop_start, end), a, b in zip(
-        layout.answers, units, first, last, strict=True
-    ):
-        stop = b - 1
-        proven = (
-            encoded.starts[a] >= start
-            and encoded.starts[stop] == stop_start
-            and encoded.ends[stop] == end
-            and encoded.ids[stop] == control.ids.get(answer.stop)
-            and (stop == a or encoded.ends[stop - 1] <= stop_start)
+    places = [place for a in layout.answers for place in (a.start, a.stop_start, a.end)]
+    start, stop_start, end = encoded.units(places).reshape(-1, 3).T
+    first, last = encoded.overlapping(start, end)
+    stop = last - 1
+    # The token before the stop token ends before it, too, unless there is none in the answer.
+    before = np.where(stop > first, encoded.ends[stop - 1], stop_start)
+    proven = (encoded.starts[first] >= start) & (before <= stop_start)
+    proven &= (encoded.starts[stop] == stop_start) & (encoded.ends[stop] == end)
+    proven &= encoded.ids[stop] == [control.ids.get(a.stop, -1) for a in layout.answers]
+    if not proven.all():
+        answer = layout.answers[int(proven.argmin())]
+        tail = layout.text[max(answer.start, answer.stop_start - 12) : answer.end + 4]
+        raise ConversationError(
+            f"the stop token {answer.stop!r} of message {answer.number} is not a token of its "
+            f"own: the answer ends in {tail!r}"
         )
-        if not proven:
-            tail = layout.text[max(answer.start, answer.stop_start - 12) : answer.end + 4]
-            raise ConversationError(
-                f"the stop token {answer.stop!r} of message {answer.number} is not a token of its "
-                f"own: the answer ends in {tail!r}"
-            )
     return np.stack((first, last), axis=1)
 
 
@@ -145,7 +143,8 @@ def straddled(layout: Layout, encoded: Encoded) -> list[int]:
     starts = [answer.start for answer in layout.answers]
     units = encoded.units(starts)
     at = np.minimum(np.searchsorted(encoded.ends, units, "right"), len(encoded.ids) - 1)
-    return np.array(starts)[encoded.starts[at] < units].tolist()
+    over = encoded.starts[at] < units
+    return np.array(starts)[over].tolist() if over.any() else []
 
 
 def _history_end(layout: Layout, encoded: Encoded) -> int:
@@ -161,8 +160,7 @@ def _history_end(layout: Layout, encoded: Encoded) -> int:
 def _tokens(encoded: Encoded, spans: tuple[tuple[int, int, int, int], ...]) -> np.ndarray:
     if not spans:
         return np.zeros((0, 2), dtype=np.int64)
-    first = encoded.units([span[0] for span in spans])
-    last = encoded.units([span[1] for span in spans])
+    first, last = encoded.units([place for span in spans for place in span[:2]]).reshape(-1, 2).T
     return np.stack(encoded.overlapping(first, last), axis=1)
 
 

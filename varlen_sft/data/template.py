@@ -76,15 +76,27 @@ class ChatTemplate:
         except ConversationError:
             return False
 
-    def view(self, message: Message) -> dict[str, Any]:
-        """A message as templates read it: absent fields are absent, not None."""
-        content = message.content
+    def view(
+        self,
+        message: Message,
+        content: str | None = None,
+        reasoning: str | None = None,
+        tool_calls: Sequence[Mapping[str, Any]] = (),
+    ) -> dict[str, Any]:
+        """A message as templates read it: absent fields are absent, not None.
+
+        Args:
+            content, reasoning, tool_calls: what to write instead of the message's own.
+        """
+        content = message.content if content is None else content
+        reasoning = message.reasoning_content if reasoning is None else reasoning
+        tool_calls = tool_calls or message.tool_calls
         parts = [{"type": "text", "text": content}] if self._content_in_parts else content
         view: dict[str, Any] = {"role": message.role, "content": parts, **message.extra}
-        if message.reasoning_content is not None:
-            view[self.reasoning_key] = message.reasoning_content
-        if message.tool_calls:
-            view["tool_calls"] = list(message.tool_calls)
+        if reasoning is not None:
+            view[self.reasoning_key] = reasoning
+        if tool_calls:
+            view["tool_calls"] = list(tool_calls)
         return view
 
     def render(

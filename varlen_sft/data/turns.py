@@ -1,75 +1,160 @@
-"""How a template opens and closes turns: its stop tokens and the header it prompts with."""
+"""A conversation cut at the edges of its turns, and what of each part is its own.
+
+A part is the system message and turns that follow each other. The system message, and whatever else
+the template writes before the first turn, is in every part, but is trained in the first one only.
+"""
 
 from __future__ import annotations
 
-import re
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from varlen_sft.data.conversation import ConversationError
-from varlen_sft.data.marks import common_prefix
-from varlen_sft.data.template import ChatTemplate
+import numpy as np
 
-_PROBE = "varlen"
+from varlen_sft.data.conversation import Conversation, Message
+from varlen_sft.data.sample import ROLES, Sample
+
+_ASSISTANT = ROLES.index("assistant")
+_HEAD = (ROLES.index("none"), ROLES.index("system"))
 
 
+@dataclass(frozen=True)
 class Turns:
-    """What a template writes around answers, learned from small conversations when it is asked for.
+    """The turns of a conversation: a user's message and all up to the next user's.
+
+    So tool calls stay with their results, and each turn ends with an answer.
 
     Args:
-        template: the chat template.
-        control: matches the tokenizer's control tokens, the longest first.
+        edges: the index of the first message of each turn, and the number of messages.
     """
 
-    def __init__(self, template: ChatTemplate, control: re.Pattern[str]) -> None:
-        self.template, self.control = template, control
-        self._stops: re.Pattern[str] | None = None
-        self._header: str | None = None
+    conversation: Conversation
+    edges: tuple[int, ...]
 
-    def header_in(self, injected: str) -> str:
-        """A header that stands between a generation prompt and its answer; "" if there is none."""
-        if self._header is None:
-            self._header = self._learn_header()
-        if self._header:
-            return self._header if self._header in injected else ""
-        found = self.control.search(injected)
-        return found.group() if found else ""
+    @classmethod
+    def of(cls, conversation: Conversation) -> Turns:
+        messages = conversation.messages
+        starts = [i for i, message in enumerate(messages) if message.role == "user"]
+        return cls(conversation, (*starts, len(messages)))
 
-    def _learn_header(self) -> str:
-        """What a generation prompt adds after a user; "" if the template has none."""
-        probe = [{"role": "user", "content": _PROBE}]
-        try:
-            prompt = self.template.render(probe, add_generation_prompt=True)
-            return prompt[common_prefix(prompt, self.template.render(probe)) :]
-        except ConversationError:
-            return ""
+    def __len__(self) -> int:
+        return len(self.edges) - 1
 
-    def find_stop(self, tail: str) -> tuple[str, str] | None:
-        """The text before the first stop token of the template's tail, and the token."""
-        if self._stops is None:
-            self._stops = self._learn_stops()
-        found = self._stops.search(tail)
-        if found is None:  # such as the token after a tool call: it ends what is only this turn
-            *_, found = None, *self.control.finditer(tail)
-        return None if found is None else (tail[: found.start()], found.group())
+    def part(self, first: int, last: int, *, answers: bool = True) -> Conversation:
+        """The system message, if there is one, and turns [first, last).
 
-    def _learn_stops(self) -> re.Pattern[str]:
-        """The model's stop tokens, and what ends a turn in the middle if none of them does.
-
-        Phi 3 writes its eos_token after a whole conversation only, and a turn ends with another.
+        Args:
+            answers: whether they are trained; their weights are 0 otherwise.
         """
-        stops = {*self.template.stop_tokens, self.template.special_tokens.get("eos_token", "")}
-        known = set(filter(self.control.fullmatch, stops))
-        try:
-            roles = ("user", "assistant") * 2
-            probe = self.template.render([{"role": r, "content": _PROBE} for r in roles])
-        except ConversationError:  # a template that wants more of a conversation
-            return _any_of(known)
-        pieces = probe.split(_PROBE)
-        between = pieces[2] if len(pieces) == 5 else ""
-        found = self.control.search(between)
-        if found and not _any_of(known).search(between):
-            known.add(found.group())
-        return _any_of(known)
+        messages = self.conversation.messages
+        chosen = messages[: self.edges[0]] + messages[self.edges[first] : self.edges[last]]
+        if not answers:
+            chosen = tuple(replace(m, weight=0.0) if m.role == "assistant" else m for m in chosen)
+        return replace(self.conversation, messages=chosen)
+
+    def last_answer(self, turn: int) -> Message:
+        """The message that ends a turn."""
+        return self.conversation.messages[self.edges[turn + 1] - 1]
+
+    def name(self, first: int, last: int) -> str:
+        """Turns [first, last) in words, by the numbers that their messages have in the row."""
+        return f"messages {self.edges[first] + 1} to {self.edges[last]}"
+
+    def ends(self, whole: Sample) -> list[int] | None:
+        """Where in a sample of the conversation each turn's last answer ends, with its stop token.
+
+        None if the sample does not tell one answer from the next.
+        """
+        spoken = np.append(whole.roles == _ASSISTANT, False).astype(np.int8)
+        ends = (np.diff(spoken) < 0).nonzero()[0] + 1
+        answers = [m.role == "assistant" for m in self.conversation.messages]
+        if len(ends) != sum(answers):
+            return None
+        return [int(ends[sum(answers[:edge]) - 1]) for edge in self.edges[1:]]
+
+    def plan(self, whole: Sample, limit: int) -> list[tuple[int, int]]:
+        """A first guess of parts [first, last) of at most ``limit`` tokens, from one encode."""
+        costs, head, tail = self._costs(whole)
+        parts, first, size = [], 0, tail
+        for turn, cost in enumerate(costs):
+            if turn > first and size + cost > limit:
+                parts.append((first, turn))
+                first, size = turn, head
+            size += cost
+        return [*parts, (first, len(costs))]
+
+    def _costs(self, whole: Sample) -> tuple[list[int], int, int]:
+        """Tokens of each turn, the first with what is before it; of the head; of the tail."""
+        ends = self.ends(whole)
+        if ends is not None:
+            head = int((~np.isin(whole.roles, _HEAD)).argmax())
+            return np.diff(ends, prepend=0).tolist(), head, len(whole) - ends[-1]
+        sizes = [sum(map(_letters, self._messages(turn))) for turn in range(len(self))]
+        return [len(whole) * size // sum(sizes) for size in sizes], 0, 0
+
+    def _messages(self, turn: int) -> Iterator[Message]:
+        yield from self.conversation.messages[self.edges[turn] : self.edges[turn + 1]]
 
 
-def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+def _letters(message: Message) -> int:
+    """How long a message is, roughly; never 0, since a template writes a header at least."""
+    return 8 + len(message.content) + len(message.reasoning_content or "")
+
+
+class Parts:
+    """Takes the weight off what a part shares with an earlier one, or with no place of the whole.
+
+    The tokens of a part are looked for in the whole conversation, right after those that the part
+    before it had. Where they are not, since a template may write a turn otherwise when another one
+    is the first or last, only the contents of messages keep their weights.
+
+    Args:
+        turns: the turns of the whole.
+        whole: its one sample, None if it has several or not all answers are proven.
+        each_closes: every sample is a row in its own right, with what closes a conversation.
+    """
+
+    def __init__(self, turns: Turns, whole: Sample | None, each_closes: bool = False) -> None:
+        self._turns = turns
+        self._whole = whole
+        self._ends = None if whole is None else turns.ends(whole)
+        self._each_closes = each_closes
+        self._begun = False
+        self._tail = 0
+
+    def own(self, samples: Sequence[Sample], first: int, last: int) -> tuple[Sample, ...]:
+        """The samples of turns [first, last) that train something, to be asked in their order."""
+        own = [self._own(sample, first, last) for sample in samples]
+        kept = tuple(sample for sample in own if (sample.token_weights[1:] > 0).any())
+        self._begun = self._begun or bool(kept)
+        return kept
+
+    def _own(self, part: Sample, first: int, last: int) -> Sample:
+        weights = part.token_weights.copy()
+        end = 1 + int((part.roles == _ASSISTANT).nonzero()[0][-1])
+        if self._begun:
+            head = self._head(part, end, first, last)
+            weights[np.isin(part.roles, _HEAD) if head is None else slice(head)] = 0
+        if last < len(self._turns) and not self._each_closes:
+            self._tail = self._shared_tail(part.input_ids[end:], last)
+            weights[end + self._tail :] = 0  # such as a token that closes a whole conversation
+        return replace(part, token_weights=weights)
+
+    def _shared_tail(self, tail: np.ndarray, last: int) -> int:
+        """How many tokens after the last answer of a part are after it in the whole, too."""
+        if self._whole is None or self._ends is None:
+            return 0
+        stop = self._ends[last - 1]
+        there = self._whole.input_ids[stop : stop + len(tail)]
+        return len(os.path.commonprefix([tail.tolist(), there.tolist()]))
+
+    def _head(self, part: Sample, end: int, first: int, last: int) -> int | None:
+        """How many tokens of a part are before its first turn; None if that cannot be told."""
+        if self._whole is None or self._ends is None:
+            return None
+        start = self._ends[first - 1] + self._tail
+        own = self._whole.input_ids[start : self._ends[last - 1]]
+        head = end - len(own)
+        same = head >= 0 and np.array_equal(part.input_ids[head:end], own)
+        return head if same else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Finding", "count", "quoted"]
+__all__ = ["Finding", "count", "listed", "quoted", "shape"]
 
 Verdict = Literal["pass", "fail", "note"]
 SHOWN = 60  # characters of a text that is quoted
@@ -35,3 +36,8 @@ def listed(names: Iterable[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def shape(reason: str) -> str:
+    """A reason without what it quotes and counts: rows that are refused alike share it."""
+    return re.sub(r"'(?:[^'\\]|\\.)*'|\"[^\"]*\"|\d+|, the last answer", "_", reason)

@@ -14,9 +14,19 @@ from varlen_sft.data.marks import Placed, place, render
 from varlen_sft.data.masks import MaskOptions
 from varlen_sft.data.sample import Sample
 from varlen_sft.data.template import ChatTemplate
-from varlen_sft.data.turns import Turns
+from varlen_sft.data.turn_text import TurnText
 
-__all__ = ["BASIC", "Probe", "Subject", "Turn", "probes", "turns", "whole"]
+__all__ = [
+    "BASIC",
+    "Probe",
+    "Subject",
+    "Turn",
+    "probes",
+    "stop_tokens",
+    "thought_of",
+    "turns",
+    "whole",
+]
 
 BASIC = ("plain", "multi-turn", "whitespace", "unicode")
 """Probes that every template of a chat model has to write; it may refuse others in good faith."""
@@ -73,12 +83,16 @@ class Subject:
         return self.tokenizer.template
 
     @cached_property
-    def turns(self) -> Turns:
-        return Turns(self.template, self.tokenizer.control.pattern)
+    def turns(self) -> TurnText:
+        return TurnText(self.template, self.tokenizer.control.pattern)
 
     @cached_property
     def probes(self) -> tuple[Probe, ...]:
         return tuple(self._probed(*named) for named in probes(self.tokenizer).items())
+
+    def conversation(self, name: str) -> Conversation:
+        """That of a probe."""
+        return next(probe.conversation for probe in self.probes if probe.name == name)
 
     def _probed(self, name: str, conversation: Conversation) -> Probe:
         before = self.untagged.counts.copy()
@@ -90,12 +104,12 @@ class Subject:
 def probes(tokenizer: ChatTokenizer) -> dict[str, Conversation]:
     """The conversations by name."""
     control = sorted(tokenizer.control.special, key=lambda token: tokenizer.control.ids[token])
-    stops = [token for token in _stops(tokenizer) if token in tokenizer.control.special]
+    stops = [token for token in stop_tokens(tokenizer) if token in tokenizer.control.special]
     spelled = " ".join(dict.fromkeys([*stops, *control[:8]]))
     alternating = {
         "plain": ("What is 6 x 7?", "It is 42."),
         "multi-turn": ("One plus one?", "Two.", "Plus three?", "Five.", "Plus five?", "Ten."),
-        "whitespace": ("Write.", "\n\nlines", "Again.", "  spaces", "Again.", "end \n", "Now.", "a"),
+        "whitespace": ("Write.", "\n\nlines", "Again.", "  spaces", "Again.", "end \n"),
         "empty answer": ("Say nothing.", "", "Say something.", "Something."),
         "unicode": ("\u00bfQu\u00e9?", "\u00c9l 🤖 \u6f22\u5b57 e\u0301", "🦙", "🦙🏽\u200d🔧"),
         "control text": (f"What is {spelled} for?", "It ends a turn."),
@@ -104,12 +118,20 @@ def probes(tokenizer: ChatTokenizer) -> dict[str, Conversation]:
     system = Message("system", "Be brief.")
     told["system"] = Conversation((system, *told["plain"].messages))
     told["thinking"] = _thinking(told["multi-turn"])
+    told["thinking in text"] = _talk(
+        *(
+            f"<think>\n{thought_of(m)}\n</think>\n\n{m.content}" if thought_of(m) else m.content
+            for m in told["thinking"].messages
+        )
+    )
     told["tools"] = _tools()
     return told
 
 
-def _stops(tokenizer: ChatTokenizer) -> list[str]:
-    return [tokenizer.special_tokens.get("eos_token", ""), *tokenizer.template.stop_tokens]
+def stop_tokens(tokenizer: ChatTokenizer) -> list[str]:
+    """Where generation with this model ends: ``eos_token`` and those of its configuration."""
+    eos = tokenizer.special_tokens.get("eos_token")
+    return list(dict.fromkeys([*([eos] if eos else []), *tokenizer.template.stop_tokens]))
 
 
 def _talk(*contents: str) -> Conversation:
@@ -126,6 +148,14 @@ def _thinking(talk: Conversation) -> Conversation:
         for message in talk.messages
     ]
     return Conversation(tuple(messages))
+
+
+def thought_of(message: Message) -> str:
+    """What the assistant thought, which data hold in a field of its own or in the content."""
+    if message.reasoning_content is not None:
+        return message.reasoning_content
+    before, closing, _ = message.content.partition("</think>")
+    return before.removeprefix("<think>").strip() if closing else ""
 
 
 def _tools() -> Conversation:

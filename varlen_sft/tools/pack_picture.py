@@ -16,7 +16,7 @@ from varlen_sft.tools.page import Html, tag
 if TYPE_CHECKING:
     from varlen_sft.data.batch import PackedBatch
 
-__all__ = ["STYLE", "PackPicture", "draw", "picture_pack", "visible"]
+__all__ = ["STYLE", "PackPicture", "draw", "picture_pack", "spelled", "visible"]
 
 SIGNS = {"\n": "\u21b5", "\r": "\u240d", "\t": "\u21e5", " ": "\u00b7"}
 FILTERS = ("everything", "targets", *ROLES)  # the radio button of a role is #f2 and on
@@ -89,18 +89,32 @@ def picture_pack(
     if np.concatenate([s.input_ids[:-1] for s in samples]).tolist() != ids[: batch.real_tokens]:
         raise ValueError("samples must be those of the batch, in its order: their ids differ")
     roles = [ROLES[role] for sample in samples for role in sample.roles[:-1]]
+    texts = {token: spelled(tokenizer, [token], ids[0]) for token in {*ids, *labels} - {-100}}
     return PackPicture(
         ids=ids,
-        texts=[tokenizer.decode([token]) for token in ids],
+        texts=[texts[token] for token in ids],
         roles=roles + ["none"] * batch.pad_tokens,
         positions=batch.position_ids.tolist(),
         labels=labels,
-        label_texts=["" if label < 0 else tokenizer.decode([label]) for label in labels],
+        label_texts=["" if label < 0 else texts[label] for label in labels],
         weights=batch.token_weights.tolist(),
         edges=batch.cu_seqlens.tolist(),
         pad_tokens=batch.pad_tokens,
         names=tuple(names),
     )
+
+
+def spelled(tokenizer: ChatTokenizer, ids: Sequence[int], anchor: int) -> str:
+    """The text of ids in the middle of a row: at its start some decoders leave out a space.
+
+    Args:
+        anchor: any id, best a control token, for the ids to stand after.
+    """
+    before = tokenizer.decode([anchor])
+    text = tokenizer.decode([anchor, *ids])
+    # Where the anchor is a part of a character the two may be one.
+    apart = text.startswith(before) and len(text) > len(before)
+    return text[len(before) :] if apart else tokenizer.decode(ids)
 
 
 def visible(text: str) -> str:

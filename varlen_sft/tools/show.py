@@ -13,7 +13,7 @@ from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.masks import MaskOptions
 from varlen_sft.data.sample import ROLES, Sample
 from varlen_sft.errors import InputError
-from varlen_sft.tools.pack_picture import PackPicture, picture_pack, visible
+from varlen_sft.tools.pack_picture import PackPicture, picture_pack, spelled, visible
 from varlen_sft.tools.show_rows import Piece, chosen, planned
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def gather(options: ShowOptions) -> Shown:
         pieces,
         picture_pack(samples, collate(samples), tokenizer, names),
         [_runs(sample, tokenizer) for sample in samples],
-        [tokenizer.decode(sample.input_ids[-1:]) for sample in samples],
+        [_text(sample, len(sample) - 1, len(sample), tokenizer) for sample in samples],
         [answer for sample in samples for answer in _answers(sample, tokenizer)],
     )
 
@@ -144,12 +144,20 @@ def target_weights(sample: Sample) -> np.ndarray:
     return weights
 
 
+def _text(sample: Sample, start: int, end: int, tokenizer: ChatTokenizer) -> str:
+    """Of the tokens [start, end)."""
+    ids = sample.input_ids[start:end].tolist()
+    if start == 0:
+        return tokenizer.decode(ids)
+    return spelled(tokenizer, ids, int(sample.input_ids[0]))
+
+
 def _runs(sample: Sample, tokenizer: ChatTokenizer) -> list[Run]:
     weights, roles = target_weights(sample), sample.roles
     changes = (np.diff(weights) != 0) | (np.diff(roles.astype(np.int64)) != 0)
     starts = [0, *(np.flatnonzero(changes) + 1).tolist()]
     return [
-        Run(tokenizer.decode(sample.input_ids[a:b]), ROLES[roles[a]], float(weights[a]))
+        Run(_text(sample, a, b, tokenizer), ROLES[roles[a]], float(weights[a]))
         for a, b in zip(starts, [*starts[1:], len(sample)], strict=True)
     ]
 
@@ -164,7 +172,7 @@ def _answers(sample: Sample, tokenizer: ChatTokenizer) -> list[Answer]:
     edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
     return [
         Answer(
-            tokenizer.decode(sample.input_ids[end - 1 : end]),
+            _text(sample, end - 1, end, tokenizer),
             bool((weights[start:end] > 0).any()),
             bool(weights[end - 1] > 0) and int(sample.input_ids[end - 1]) in control,
         )

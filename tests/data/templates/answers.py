@@ -3,72 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from tests.data.templates.calls import WRITERS, atem, dumps
-from tests.data.templates.templates import Facts
+from tests.data.templates.facts import Facts
+from tests.data.templates.turns import NO_STOP, ORDER, UNPLACED, Answer, Turn
 from varlen_sft.data.conversation import Message
-
-LOST = "the template leaves out what the row says"
-ORDER = "the template writes an answer after the tool's output"
-NO_STOP = "nothing that the model stops at closes an answer"
-UNPLACED = "what the row says cannot be marked, so its place cannot be told"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """An assistant message in its conversation.
-
-    Attributes:
-        last: of the conversation.
-        recent: no user message follows.
-        after: the role before it.
-        before: the role after it, or "".
-        first_call: no assistant message before it calls tools.
-        final_later: an assistant message without calls follows.
-    """
-
-    message: Message
-    last: bool
-    recent: bool
-    after: str
-    before: str
-    first_call: bool
-    final_later: bool
-
-    @property
-    def calls(self) -> list:
-        return [call["function"] for call in self.message.tool_calls]
-
-    @property
-    def thought(self) -> str:
-        return self.message.reasoning_content or ""
-
-
-@dataclass
-class Answer:
-    """``own`` is the template's text before the first of the row's, ``text`` all of it."""
-
-    own: str
-    rest: str
-    reasons: set[str] = field(default_factory=set)
-
-    @property
-    def text(self) -> str:
-        return self.own + self.rest
-
-    def refuse_if(self, condition: object, reason: str = LOST) -> Answer:
-        if condition:
-            self.reasons.add(reason)
-        return self
-
-
-def is_tool_result(facts: Facts, message: Message) -> bool:
-    """Qwen 3 takes a user message that looks like a tool's result for one."""
-    if message.role != "user" or not facts.style.startswith("qwen3"):
-        return False
-    text = message.content.strip() if facts.content == "trimmed" else message.content
-    return text.startswith("<tool_response>") and text.endswith("</tool_response>")
 
 
 def _content(facts: Facts, message: Message) -> str:
@@ -107,8 +46,8 @@ def _qwen3(facts: Facts, turn: Turn) -> Answer:
     thought, content = _thought_and_content(facts, turn)
     trimmed = facts.content == "trimmed"
     wanted = {
-        "last": turn.recent and (turn.last or thought),
-        "recent": turn.recent,
+        "last": turn.shown and (turn.last or thought),
+        "recent": turn.shown,
         "always": True,
     }[facts.think]
     calls = ""
@@ -139,7 +78,7 @@ def _nemotron(facts: Facts, turn: Turn) -> Answer:
         whole = content
     else:
         whole = empty + content
-    if turn.recent:
+    if turn.shown:
         whole = whole.strip()
     elif turn.calls:
         whole = whole.split("</think>")[-1]
@@ -150,7 +89,7 @@ def _nemotron(facts: Facts, turn: Turn) -> Answer:
         whole = whole.strip()
     own = header
     for opening in (empty, "<think>\n"):
-        if thought.strip() and turn.recent and opening == empty:
+        if thought.strip() and turn.shown and opening == empty:
             continue
         if whole.startswith(opening) and not content.startswith(opening):
             own = header + opening
@@ -161,10 +100,10 @@ def _nemotron(facts: Facts, turn: Turn) -> Answer:
 
 def _lfm2_5(facts: Facts, turn: Turn) -> Answer:
     content, own = turn.message.content, facts.prompt
-    if not turn.recent and "</think>" in content:
+    if not turn.shown and "</think>" in content:
         content = content.split("</think>")[-1].strip()
     given = turn.message.reasoning_content is not None
-    if turn.recent and (turn.thought if facts.think == "recent" else given):
+    if turn.shown and (turn.thought if facts.think == "recent" else given):
         own += "<think>" if turn.thought else "<think></think>"
         content = f"{turn.thought}</think>{content}" if turn.thought else content
     calls = WRITERS[facts.calls](turn.calls) if turn.calls else ""
@@ -228,7 +167,8 @@ def _gemma4(facts: Facts, turn: Turn) -> Answer:
     own = "" if turn.after == "tool" and facts.style == "gemma4" else "<|turn>model\n"
     if facts.style == "gemma4_v2":
         return Answer(own, calls + content + facts.end).refuse_if(_loses_thought(turn))
-    shown = turn.recent and thought and (facts.think == "recent" or turn.calls)
+    shown = thought and turn.recent and (facts.think == "recent" or turn.calls)
+    shown = shown or (thought and turn.kept and turn.calls)
     lost = not shown and _loses_thought(turn)
     if shown:
         own, calls = own + "<|channel>thought\n", f"{thought}\n<channel|>{calls}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.data.templates.templates import Facts
+from tests.data.templates.facts import Facts
 from varlen_sft.data.conversation import Conversation, Message
 
 _WEATHER = {
@@ -115,6 +115,9 @@ THINKING = {
         user("a?"), thinking("\n\nHm. \n", "\nIt is.\n"), user("b?"), thinking(" Hm\n\n", " It.")
     ),
     "empty reasoning": talk(user("a?"), thinking("", "It is."), user("b?"), thinking("\n", "So.")),
+    "nothing but reasoning in history": talk(
+        user("a?"), thinking("Hm.", ""), user("b?"), thinking("Hm.", "It is not.")
+    ),
     "reasoning that equals the answer": talk(user("x"), thinking("x", "x")),
 }
 """Reasoning, or marks of it in an answer."""

@@ -9,34 +9,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.data.templates.answers import (
+from tests.data.templates.answers import SHAPES
+from tests.data.templates.calls import CannotWrite
+from tests.data.templates.facts import Facts
+from tests.data.templates.turns import (
     LOST,
     NO_STOP,
     ORDER,
-    SHAPES,
     UNPLACED,
     Answer,
     Turn,
     is_tool_result,
+    turns_of,
 )
-from tests.data.templates.calls import CannotWrite
-from tests.data.templates.templates import Facts
 from varlen_sft.data.conversation import Conversation, Message, strings_in
 
 RAISES = "the template raises"
 PROMPT = "the generation prompt does not stand before an answer"
 SPELLED = "an answer spells a control token"
+DROPPED = "the template drops a thought of history"
 TAGS = "the template's generation tags enclose something else"
 
-REASONS = (RAISES, PROMPT, LOST, ORDER, NO_STOP, SPELLED, TAGS, UNPLACED)
+REASONS = (RAISES, PROMPT, LOST, ORDER, NO_STOP, SPELLED, TAGS, UNPLACED, DROPPED)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The trained texts, in order; or, where there are reasons, that the row is refused."""
+    """The trained texts, in order; or, where there are reasons, that the row is refused.
+
+    ``tagged`` are the texts in the template's ``{% generation %}`` tags.
+    """
 
     spans: tuple[str, ...]
     reasons: frozenset[str] = frozenset()
+    tagged: tuple[str, ...] = ()
 
 
 def expected(
@@ -45,25 +51,34 @@ def expected(
     thinking: bool | None = None,
     *,
     last_only: bool = False,
+    keeps_history: bool = False,
 ) -> Expected:
     """What the masks of a conversation must be.
 
     Args:
         thinking: ``enable_thinking`` for the template; None where it is not set.
         last_only: only the last answer is trained, and has to be proven.
+        keeps_history: the template is asked to keep the thoughts of earlier answers, if it can.
     """
     reasons = set(_of_the_row(facts, conversation, last_only))
-    spans = []
-    for turn in _turns(facts, conversation):
+    wants_recent = facts.think == "recent" and not (keeps_history and facts.keeps)
+    if wants_recent and any(is_tool_result(facts, m) for m in conversation.messages):
+        reasons.add(UNPLACED)  # with marks around it, a user message is no tool result
+    spans, tagged = [], []
+    for turn in turns_of(facts, conversation, keeps_history):
         try:
             answer = SHAPES[facts.style](facts, turn)
         except CannotWrite:
             return Expected((), frozenset({RAISES}))
+        if keeps_history and _drops_a_thought(turn, answer):
+            reasons.add(DROPPED)
         if last_only and not turn.last:
             reasons |= answer.reasons & {LOST, ORDER}
             continue
         prompt = _prompt(facts, turn, thinking)
         reasons |= answer.reasons
+        if _nothing_left(facts, turn):
+            reasons.add(UNPLACED)
         # DiffusionGemma goes on without a header after a tool, but writes one into its history.
         header = turn.after == "tool" and facts.style == "diffusion_gemma"
         if header or not answer.own.startswith(prompt):
@@ -71,7 +86,8 @@ def expected(
         if not _tags_agree(facts, turn, answer, prompt):
             reasons.add(TAGS)
         spans.append(answer.text[len(prompt) :])
-    return Expected(tuple(spans), frozenset(reasons))
+        tagged.append(answer.text[len(facts.tag or "") :] + facts.tag_end)
+    return Expected(tuple(spans), frozenset(reasons), tuple(tagged))
 
 
 def _of_the_row(facts: Facts, conversation: Conversation, last_only: bool) -> Iterator[str]:
@@ -90,34 +106,12 @@ def _of_the_row(facts: Facts, conversation: Conversation, last_only: bool) -> It
                 yield SPELLED
             if facts.calls == "python" and _lists_strings(message):
                 yield UNPLACED  # written by Python's repr, which escapes marks
-        elif facts.think == "recent" and is_tool_result(facts, message):
-            yield UNPLACED  # a user message with marks around it is none
 
 
 def _lists_strings(message: Message) -> bool:
     arguments = [call["function"]["arguments"] for call in message.tool_calls]
     values = [v for a in arguments if isinstance(a, dict) for v in a.values()]
     return any(isinstance(value, list) and any(strings_in(value)) for value in values)
-
-
-def _turns(facts: Facts, conversation: Conversation) -> Iterator[Turn]:
-    messages = conversation.messages
-    asked = [k for k, m in enumerate(messages) if m.role == "user" and not is_tool_result(facts, m)]
-    called = False
-    for k, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        later = messages[k + 1 :]
-        yield Turn(
-            message,
-            last=not later,
-            recent=k > asked[-1],
-            after=messages[k - 1].role,
-            before=later[0].role if later else "",
-            first_call=not called,
-            final_later=any(m.role == "assistant" and not m.tool_calls for m in later),
-        )
-        called = called or bool(message.tool_calls)
 
 
 def _prompt(facts: Facts, turn: Turn, thinking: bool | None) -> str:
@@ -127,6 +121,19 @@ def _prompt(facts: Facts, turn: Turn, thinking: bool | None) -> str:
         return "<|channel>thought\n" if thinking and facts.loud else ""
     prompt = {None: facts.prompt, False: facts.quiet, True: facts.loud}[thinking]
     return facts.prompt if prompt is None else prompt
+
+
+def _nothing_left(facts: Facts, turn: Turn) -> bool:
+    """An answer of a thought alone, which history drops: no word tells where it was."""
+    dropped = turn.thought.strip() and not turn.shown and facts.think not in ("", "calls", "always")
+    return bool(dropped and not turn.message.content.strip() and not turn.calls)
+
+
+def _drops_a_thought(turn: Turn, answer: Answer) -> bool:
+    thought, content = turn.thought, turn.message.content
+    if "</think>" in content and not thought.strip():
+        thought = content.partition("</think>")[0].rpartition("<think>")[2]
+    return thought.strip() not in answer.text
 
 
 def _tags_agree(facts: Facts, turn: Turn, answer: Answer, prompt: str) -> bool:

@@ -1,0 +1,77 @@
+"""How a template opens and closes turns: its stop tokens and the header it prompts with."""
+
+from __future__ import annotations
+
+import re
+
+from varlen_sft.data.conversation import ConversationError
+from varlen_sft.data.marks import common_prefix
+from varlen_sft.data.template import ChatTemplate
+
+_PROBE = "varlen"
+
+
+class TurnText:
+    """What a template writes around answers, learned from small conversations when it is asked for.
+
+    Args:
+        template: the chat template.
+        control: matches the tokenizer's control tokens, the longest first.
+    """
+
+    def __init__(self, template: ChatTemplate, control: re.Pattern[str]) -> None:
+        self.template, self.control = template, control
+        self._stops: re.Pattern[str] | None = None
+        self._header: str | None = None
+
+    def header_in(self, injected: str) -> str:
+        """A header that stands between a generation prompt and its answer; "" if there is none."""
+        if self._header is None:
+            self._header = self._learn_header()
+        if self._header:
+            return self._header if self._header in injected else ""
+        found = self.control.search(injected)
+        return found.group() if found else ""
+
+    def _learn_header(self) -> str:
+        """What a generation prompt adds after a user; "" if the template has none."""
+        probe = [{"role": "user", "content": _PROBE}]
+        try:
+            prompt = self.template.render(probe, add_generation_prompt=True)
+            return prompt[common_prefix(prompt, self.template.render(probe)) :]
+        except ConversationError:
+            return ""
+
+    def find_stop(self, tail: str) -> tuple[str, str] | None:
+        """The text before the first stop token of the template's tail, and the token."""
+        if self._stops is None:
+            self._stops = self._learn_stops()
+        found = self._stops.search(tail)
+        if found is None:  # such as the token after a tool call: it ends what is only this turn
+            *_, found = None, *self.control.finditer(tail)
+        return None if found is None else (tail[: found.start()], found.group())
+
+    def _learn_stops(self) -> re.Pattern[str]:
+        """The model's stop tokens, and what ends a turn in the middle if none of them does.
+
+        Phi 3 writes its eos_token after a whole conversation only, and a turn ends with another.
+        """
+        stops = {*self.template.stop_tokens, self.template.special_tokens.get("eos_token", "")}
+        known = set(filter(self.control.fullmatch, stops))
+        try:
+            roles = ("user", "assistant") * 2
+            probe = self.template.render([{"role": r, "content": _PROBE} for r in roles])
+        except ConversationError:  # a template that wants more of a conversation
+            return _any_of(known)
+        pieces = probe.split(_PROBE)
+        between, end = (pieces[2], pieces[4]) if len(pieces) == 5 else ("", "")
+        found, last = self.control.search(between), self.control.search(end)
+        # GPT-OSS writes another token in history, but the last answer ends as the model does.
+        stops_last = last is not None and last.group() in known
+        if found and not stops_last and not _any_of(known).search(between):
+            known.add(found.group())
+        return _any_of(known)
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
