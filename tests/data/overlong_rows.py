@@ -10,8 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.conversation import Conversation, Message
+from varlen_sft.data.masks import MaskOptions
+from varlen_sft.data.overlong import Fitted, fit_rows
 from varlen_sft.data.sample import Sample
 from varlen_sft.data.template import ChatTemplate
+from varlen_sft.data.turns import Turns
 
 TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 CALLS = (
@@ -118,3 +121,49 @@ def targets(*samples: Sample) -> list[int]:
         for sample in samples
         for token in sample.input_ids[1:][sample.token_weights[1:] > 0]
     ]
+
+
+ANSWERS = MaskOptions()
+MODES = {
+    "assistant": ANSWERS,
+    "all": MaskOptions("all"),
+    "prompt": MaskOptions(prompt_weight=0.25),
+    "roles": MaskOptions("roles", roles=("system", "user", "assistant")),
+    "users": MaskOptions("roles", roles=("system", "user")),
+    "last": MaskOptions("last_assistant"),
+    "last_prompt": MaskOptions("last_assistant", prompt_weight=0.5),
+    "specials": MaskOptions("all", mask_special_tokens=True),
+}
+
+
+def fit(row, max_tokens, overlong, options=ANSWERS, template="chatml") -> Fitted:
+    (fitted,) = fit_rows(tokenizer(template), [row], options, max_tokens, overlong)
+    assert isinstance(fitted, Fitted), fitted
+    return fitted
+
+
+def rows_of(conversation: Conversation, template: str = "chatml") -> int:
+    return len(tokenizer(template).encode(conversation)) - 1
+
+
+def prefix(conversation: Conversation, turns: int) -> Conversation:
+    return Turns.of(conversation).part(0, turns)
+
+
+def turn(conversation: Conversation, index: int) -> Conversation:
+    return Turns.of(conversation).part(index, index + 1)
+
+
+def is_part_of(few: list[int], many: list[int]) -> bool:
+    """Whether they are in it, in their order."""
+    rest = iter(many)
+    return all(any(one == other for other in rest) for one in few)
+
+
+def check_fitted(fitted: Fitted, whole: Sample, limit: int) -> None:
+    """What must hold however a row was cut."""
+    assert all(2 <= len(sample) <= limit + 1 for sample in fitted.samples)
+    assert all((sample.token_weights[1:] > 0).any() for sample in fitted.samples)
+    mine, all_of_it = targets(*fitted.samples), targets(whole)
+    assert is_part_of(mine, all_of_it)
+    assert fitted.targets_lost == len(all_of_it) - len(mine)

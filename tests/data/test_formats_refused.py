@@ -39,7 +39,7 @@ def test_a_mode_refuses_rows_that_contradict_it():
     assert reason({"text": "a"}, mask_token_ids=[1]) == (
         "mask_token_ids is for rows of 'input_ids', this has none"
     )
-    with pytest.raises(ValueError, match="mode must be 'sft', 'pretrain' or None, got 'all'"):
+    with pytest.raises(ValueError, match="mode must be one of .*'search'. or None, got 'all'"):
         parse_row({"text": "a"}, mode="all")
 
 

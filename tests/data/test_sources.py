@@ -55,7 +55,7 @@ def test_source_strings(folder):
     )
     assert str(Source.parse("sft:hub:owner/name")) == "hub:owner/name"
     for text in ("", "sft:", "hub:", "pretrain:hub:@a", "a@"):
-        with pytest.raises(InputError, match="expected .sft:|pretrain:..hub:.NAME.@SPLIT."):
+        with pytest.raises(InputError, match="expected .sft:.pretrain:.search:..hub:.NAME.@SPLIT."):
             Source.parse(text)
 
 

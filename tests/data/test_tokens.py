@@ -58,7 +58,8 @@ def test_tokens_that_are_one_whole_row():
 
 BAD_TOKENS = {
     "input_ids without labels, loss_mask or assistant_masks, so what is trained is not known "
-    "('pretrain:' before the source trains every token)": {},
+    "('pretrain:' before the source trains every token, 'search:' what lies between the headers of "
+    "answers and their stop tokens)": {},
     "the labels look already shifted, labels[i] == input_ids[i + 1]; expected Hugging Face's "
     "convention, labels[i] == input_ids[i] or -100": {"labels": [-100, 7, 8, -100]},
     "labels[2] must be input_ids[2] = 7 or -100, got 9": {"labels": [5, 6, 9, 8]},

@@ -16,7 +16,7 @@ SOURCES = """\
 FILE holds conversations, texts or tokens: JSON lines or JSON (also in gzip or zstd), Parquet,
 Arrow, a folder of datasets.save_to_disk, Megatron's .bin/.idx, ChatterBot YAML; or it is
 hub:OWNER/NAME. Before it, sft: refuses rows that do not say what is trained, pretrain: trains every
-token; after it, @SPLIT picks one of several.
+token, search: finds the answers in rows of tokens; after it, @SPLIT picks one of several.
 """
 # As in data.masks.MaskOptions, which would import numpy.
 SUPERVISION_MODES = ("assistant", "last_assistant", "all", "roles")

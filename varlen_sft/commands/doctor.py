@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from varlen_sft.commands.arguments import adder, console, new_command
 from varlen_sft.commands.data_options import (
@@ -15,11 +15,15 @@ from varlen_sft.commands.data_options import (
 )
 from varlen_sft.errors import InputError
 
+if TYPE_CHECKING:
+    from varlen_sft.tools.doctor_data import DataOptions
+
 DESCRIPTION = f"""\
 Ask whether a chat template is fit for training: is its prompt a prefix of what is trained, where
 does an answer end and is that trained, is a header in the loss, is history rewritten, do tokens
 straddle an answer's start, is BOS written twice, do two ways to find answers agree? Tried on small
-conversations (plain, system, several turns, thinking, tools, white space, control text).
+conversations (plain, system, several turns, thinking, tools, white space, control text), and judged
+as it would be trained: a template that rewrites history fails, unless --history says what to do.
 
 With --data it reads the file too: what is trained of each role, which rows are refused or train
 nothing, the ten strangest rows and why.
@@ -80,7 +84,6 @@ def _count(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Examine; 0 if no question failed, else 1."""
     from varlen_sft.tools import doctor
-    from varlen_sft.tools.doctor_data import DataOptions
 
     if args.env:
         if args.model is not None or args.data is not None:
@@ -89,19 +92,24 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.model is None:
         raise InputError("which TEMPLATE-OR-MODEL? (--env needs none)")
-    data = None
-    if args.data is not None:
-        data = DataOptions(
-            source=args.data,
-            sample_processor=args.sample_processor,
-            mask_token_ids=tuple(args.mask_token_ids or ()),
-            cross_check=args.cross_check,
-        )
     options = doctor.DoctorOptions(
         model=args.model,
         tokenizer=args.tokenizer,
-        data=data,
+        data=_data_options(args),
         json=args.json,
         masks=mask_options(args),
     )
     return 0 if doctor.run(options, console()) else 1
+
+
+def _data_options(args: argparse.Namespace) -> DataOptions | None:
+    from varlen_sft.tools.doctor_data import DataOptions
+
+    if args.data is None:
+        return None
+    return DataOptions(
+        source=args.data,
+        sample_processor=args.sample_processor,
+        mask_token_ids=tuple(args.mask_token_ids or ()),
+        cross_check=args.cross_check,
+    )

@@ -29,6 +29,7 @@ from varlen_sft.data.masks import MaskOptions, straddled, weigh
 from varlen_sft.data.normalise import normalised
 from varlen_sft.data.plain import PlainEncoder, tokens_sample
 from varlen_sft.data.sample import Sample
+from varlen_sft.data.search import AnswerSearch
 from varlen_sft.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class ChatTokenizer:
         self.control = ControlTokens(tokenizer_json, named, self._encoder)
         self.planner = Planner(template, self.control.pattern)
         self.counts: Counter[str] = Counter()
+        self._search = AnswerSearch(self.planner.turns, self.control, self._encoder.token_bytes)
         self._plain = PlainEncoder(self.control, self.special_tokens, self.adds_bos())
 
     @classmethod
@@ -277,7 +279,7 @@ class ChatTokenizer:
         if isinstance(row, Text):
             return (self._plain.encode(row, options),)
         if isinstance(row, Tokens):
-            return (tokens_sample(row, options),)
+            return (tokens_sample(row, options, self._search),)
         pairs = zip(jobs, encoded, strict=True)
         samples = tuple(self._sample(job, tokens, options) for job, tokens in pairs)
         trained = options.history != "per_assistant"

@@ -101,6 +101,7 @@ class Tokens:
     Args:
         input_ids: (L,) int32.
         token_weights: (L,) float32, how much token i counts as a target.
+        search: only tokens of answers do, which are yet to be found (``data.search``).
 
     Raises:
         ConversationError: other shapes, a negative id, a weight that is negative or not finite.
@@ -108,6 +109,7 @@ class Tokens:
 
     input_ids: np.ndarray
     token_weights: np.ndarray
+    search: bool = False
 
     def __post_init__(self) -> None:
         ids, weights = self.input_ids, self.token_weights

@@ -33,7 +33,7 @@ class Fitted:
         left_out: why the row, or a part of it, is in no sample; one reason for each.
         parts_untrained: parts left out because nothing in them is trained.
         runs_masked: trained runs of tokens made elsewhere whose end was cut off.
-        targets_lost: trained tokens of the row that are trained in none of the samples.
+        targets_lost: how many tokens fewer are trained than in the whole row.
     """
 
     samples: Samples

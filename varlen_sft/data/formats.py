@@ -68,7 +68,7 @@ __all__ = [
     "write_conversations",
 ]
 
-MODES = ("sft", "pretrain")
+MODES = ("sft", "pretrain", "search")
 _MEDIA = frozenset("image images pixel_values video videos audio audios train".split())
 REFUSED = _MEDIA.union("documents functions enable_thinking chat_template".split())
 """Columns that change what the model sees or is trained on, and are not supported."""
@@ -91,7 +91,7 @@ def parse_row(row: object, *, mode: str | None = None, mask_token_ids: Sequence[
         ValueError: an unknown mode.
     """
     if mode not in (None, *MODES):
-        raise ValueError(f"mode must be 'sft', 'pretrain' or None, got {mode!r}")
+        raise ValueError(f"mode must be one of {MODES} or None, got {mode!r}")
     if not isinstance(row, Mapping):
         raise ConversationError(f"expected a JSON object, got {kind_of(row)}")
     fields = {key: value for key, value in row.items() if value is not None}
@@ -172,6 +172,8 @@ def _as_item(message: Message) -> dict[str, Any]:
 
 
 def _untokenised(fields: Mapping[str, Any], mode: str | None) -> Conversation | Text:
+    if mode == "search":
+        raise ConversationError("'search:' is for rows of 'input_ids', this has none")
     _refuse(fields, REFUSED.union(_OF_TOKENS))
     messages = _messages(fields)
     if messages is not None:

@@ -10,6 +10,7 @@ from varlen_sft.data.control import ControlTokens
 from varlen_sft.data.conversation import ConversationError, Text, Tokens
 from varlen_sft.data.masks import MaskOptions, balanced
 from varlen_sft.data.sample import ROLES, Sample
+from varlen_sft.data.search import AnswerSearch
 
 
 class PlainEncoder:
@@ -61,8 +62,17 @@ class PlainEncoder:
         return Sample(ids, balanced(weights, options), roles)
 
 
-def tokens_sample(row: Tokens, options: MaskOptions) -> Sample:
-    """Tokens as they are; what is trained counts as the assistant's."""
+def tokens_sample(row: Tokens, options: MaskOptions, search: AnswerSearch) -> Sample:
+    """Tokens as they are; what is trained counts as the assistant's.
+
+    Raises:
+        ConversationError: answers are to be searched for, and that cannot be done.
+    """
+    if row.search:
+        answers = np.zeros(len(row.input_ids), dtype=np.float32)
+        for start, end in search.answers(row.input_ids):
+            answers[start:end] = 1
+        row = Tokens(row.input_ids, row.token_weights * answers)
     roles = np.where(row.token_weights > 0, ROLES.index("assistant"), 0).astype(np.uint8)
     weights = balanced(row.token_weights.astype(np.float32), options)
     return Sample(row.input_ids.astype(np.int32), weights, roles)

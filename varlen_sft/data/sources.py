@@ -46,7 +46,7 @@ class Source:
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Read ``[sft:|pretrain:][hub:]NAME[@SPLIT]``.
+        """Read ``[sft:|pretrain:|search:][hub:]NAME[@SPLIT]``.
 
         Nothing is taken for a hub name that does not say so, or a mistyped path would become a
         download. ``@`` and what follows belong to the name if something of that name is there; a
@@ -63,7 +63,7 @@ class Source:
         if "@" in name and (hub or not is_there(Path(name))):
             name, split = name.rsplit("@", 1)
         if not name or split == "":
-            raise InputError(f"expected [sft:|pretrain:][hub:]NAME[@SPLIT], got {text!r}")
+            raise InputError(f"expected [sft:|pretrain:|search:][hub:]NAME[@SPLIT], got {text!r}")
         return cls(name, mode, split, hub)
 
     def __str__(self) -> str:

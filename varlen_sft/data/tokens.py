@@ -11,6 +11,7 @@ from varlen_sft.data.conversation import ConversationError, Tokens, kind_of
 
 MASKS = ("labels", "loss_mask", "assistant_masks")
 MAX_ID = 2**31 - 1
+_UNMASKED = {"pretrain": "trains all tokens", "search": "finds the answers itself"}
 
 
 def read_tokens(
@@ -29,7 +30,8 @@ def read_tokens(
 
     Args:
         row: the row.
-        mode: ``"pretrain"`` trains every token; otherwise there must be a mask.
+        mode: ``"pretrain"`` trains every token, ``"search"`` the answers that the tokenizer finds;
+            otherwise there must be a mask.
         mask_token_ids: see above.
 
     Raises:
@@ -47,21 +49,22 @@ def read_tokens(
         weights[start:end] = 0
     for never in (row.get("mask_token_ids", []), list(mask_token_ids)):
         weights[np.isin(ids, _integers("mask_token_ids", never))] = 0
-    return Tokens(ids.astype(np.int32), weights)
+    return Tokens(ids.astype(np.int32), weights, mode == "search")
 
 
 def _weights(row: Mapping[str, Any], ids: np.ndarray, mode: str | None) -> np.ndarray:
     given = [name for name in MASKS if row.get(name) is not None]
-    if mode == "pretrain":
+    if mode in _UNMASKED:
         if given:
             raise ConversationError(
-                f"the row has {given[0]!r}, and the source is 'pretrain:', which trains all tokens"
+                f"the row has {given[0]!r}, and the source is '{mode}:', which {_UNMASKED[mode]}"
             )
         return np.ones(len(ids), dtype=np.float32)
     if not given:
         raise ConversationError(
             "input_ids without labels, loss_mask or assistant_masks, so what is trained is not "
-            "known ('pretrain:' before the source trains every token)"
+            "known ('pretrain:' before the source trains every token, 'search:' what lies between "
+            "the headers of answers and their stop tokens)"
         )
     masks = [_READERS[name](name, row[name], ids) for name in given]
     for name, mask in zip(given[1:], masks[1:], strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 
 from varlen_sft.data.conversation import ConversationError
 from varlen_sft.data.marks import common_prefix
@@ -21,19 +22,16 @@ class TurnText:
 
     def __init__(self, template: ChatTemplate, control: re.Pattern[str]) -> None:
         self.template, self.control = template, control
-        self._stops: re.Pattern[str] | None = None
-        self._header: str | None = None
 
     def header_in(self, injected: str) -> str:
         """A header that stands between a generation prompt and its answer; "" if there is none."""
-        if self._header is None:
-            self._header = self._learn_header()
-        if self._header:
-            return self._header if self._header in injected else ""
+        if self.header:
+            return self.header if self.header in injected else ""
         found = self.control.search(injected)
         return found.group() if found else ""
 
-    def _learn_header(self) -> str:
+    @cached_property
+    def header(self) -> str:
         """What a generation prompt adds after a user; "" if the template has none."""
         probe = [{"role": "user", "content": _PROBE}]
         try:
@@ -44,14 +42,18 @@ class TurnText:
 
     def find_stop(self, tail: str) -> tuple[str, str] | None:
         """The text before the first stop token of the template's tail, and the token."""
-        if self._stops is None:
-            self._stops = self._learn_stops()
-        found = self._stops.search(tail)
+        found = self._stop.search(tail)
         if found is None:  # such as the token after a tool call: it ends what is only this turn
             *_, found = None, *self.control.finditer(tail)
         return None if found is None else (tail[: found.start()], found.group())
 
-    def _learn_stops(self) -> re.Pattern[str]:
+    @cached_property
+    def _stop(self) -> re.Pattern[str]:
+        longest_first = sorted(self.stops, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
+    def stops(self) -> frozenset[str]:
         """The model's stop tokens, and what ends a turn in the middle if none of them does.
 
         Phi 3 writes its eos_token after a whole conversation only, and a turn ends with another.
@@ -62,16 +64,12 @@ class TurnText:
             roles = ("user", "assistant") * 2
             probe = self.template.render([{"role": r, "content": _PROBE} for r in roles])
         except ConversationError:  # a template that wants more of a conversation
-            return _any_of(known)
+            return frozenset(known)
         pieces = probe.split(_PROBE)
         between, end = (pieces[2], pieces[4]) if len(pieces) == 5 else ("", "")
         found, last = self.control.search(between), self.control.search(end)
         # GPT-OSS writes another token in history, but the last answer ends as the model does.
         stops_last = last is not None and last.group() in known
-        if found and not stops_last and not _any_of(known).search(between):
+        if found and not stops_last and not any(stop in between for stop in known):
             known.add(found.group())
-        return _any_of(known)
-
-
-def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+        return frozenset(known)

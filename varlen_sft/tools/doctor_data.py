@@ -27,7 +27,7 @@ __all__ = ["Census", "DataOptions", "Refused", "take_census", "targets"]
 _Read: TypeAlias = tuple[int, Row | ConversationError]
 _Outcome: TypeAlias = tuple[Sample, ...] | ConversationError
 
-BATCH = 64
+BATCH = 16  # of which all are encoded again, one by one, where one of them is counted
 EXAMPLES = 5  # rows named for each reason
 
 
@@ -68,6 +68,10 @@ class Census:
         if len(one.rows) < EXAMPLES:
             one.rows.append(row)
 
+    def compare(self, row: int, found: ConversationError | None) -> None:
+        if found is not None:
+            self.disagreements.append((row, str(found)))
+
     @property
     def tokens(self) -> int:
         return int(self.role_tokens.sum())
@@ -84,6 +88,8 @@ def take_census(
     progress: Callable[[str], None] = lambda text: None,
 ) -> Census:
     """Read every row of a source, tokenise it, and cross-check some, drawn at random (seed 0).
+
+    Rows are read a few at a time; what is remembered of each takes some 300 bytes.
 
     Args:
         progress: told what is being done, in words.
@@ -108,9 +114,7 @@ def take_census(
     for number, row in sample.held:
         census.checked += 1
         progress(f"{census.checked:,} of {len(sample.held):,} rows checked a second way")
-        (found,) = tokenizer.cross_check([row], masks)
-        if found is not None:
-            census.disagreements.append((number, str(found)))
+        census.compare(number, *tokenizer.cross_check([row], masks))
     return census
 
 

@@ -85,8 +85,8 @@ def _compare(subject: Subject, turn: Turn, thought: str, later: str, found: Hist
     found.seen += 1
     before, here = turn.alone.places[-2].last, turn.alone.places[-1]
     end = here.last if here.owned else len(turn.prompt)
-    stop = "".join(subject.turns.find_stop(turn.alone.text[end:]) or ())
-    said = turn.alone.text[before:end]
+    lead, stop = subject.turns.find_stop(turn.alone.text[end:]) or ("", "")
+    said = turn.alone.text[before:end] + lead
     if later.startswith(said + stop):
         return
     found.changed += 1

@@ -88,27 +88,32 @@ def header_in_loss(subject: Subject) -> Finding:
     name = "is a header in the loss?"
     if generation_prompt(subject).verdict != "pass":
         return Finding(name, "note", "not to be told without a generation prompt")
-    injected: dict[str, None] = {}  # in the order in which they are met
-    for probe in subject.probes:
-        for turn in turns(subject.template, probe.conversation):
-            found = turn.injected or ""
-            if _header(subject, found) and (probe.samples or probe.name in BASIC):
-                return Finding(
-                    name,
-                    "fail",
-                    f"{quoted(found)} stands between the generation prompt and the answer, and "
-                    "would be trained",
-                )
-            if found.strip() and probe.name not in _NOT_MARKED:
-                injected[found] = None
-    if not injected:
+    told, headers = _injected(subject)
+    if headers:
+        where = "stands between the generation prompt and the answer, and would be trained"
+        return Finding(name, "fail", f"{quoted(headers[0])} {where}")
+    if not told:
         return Finding(name, "pass", "no: an answer is trained from its first character on")
     return Finding(
         name,
         "note",
-        f"no, but the template writes {listed(map(quoted, injected))} after the prompt; a model has to say that "
-        "itself, so it is trained",
+        f"no, but the template writes {listed(map(quoted, told))} after the prompt; a model has "
+        "to say that itself, so it is trained",
     )
+
+
+def _injected(subject: Subject) -> tuple[list[str], list[str]]:
+    """The template's texts between a prompt and its answer, and those of them that are headers."""
+    told: dict[str, None] = {}  # in the order in which they are met
+    headers = []
+    for probe in subject.probes:
+        for turn in turns(subject.template, probe.conversation):
+            found = turn.injected or ""
+            if _header(subject, found) and (probe.samples or probe.name in BASIC):
+                headers.append(found)
+            if found.strip() and probe.name not in _NOT_MARKED:
+                told[found] = None
+    return list(told), headers
 
 
 def _header(subject: Subject, injected: str) -> bool:

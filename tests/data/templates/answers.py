@@ -56,9 +56,7 @@ def _qwen3(facts: Facts, turn: Turn) -> Answer:
         between = ("\n\n" if trimmed else "\n") if says else ""
         calls = between + WRITERS[facts.calls](turn.calls)
     if not wanted:
-        # Qwen 3 would write an empty thought before it, were it the last: nothing tells it is not.
-        blank = facts.think == "last" and not content.strip() and not calls
-        return Answer(header, content + calls + facts.end).refuse_if(blank, UNPLACED)
+        return Answer(header, content + calls + facts.end)
     thought = thought.strip() if trimmed else thought.strip("\n")
     content = content if trimmed else content.lstrip("\n")
     closing = "\n</think>\n\n"

@@ -7,7 +7,7 @@ with its prompt is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.data.templates.answers import SHAPES
 from tests.data.templates.calls import CannotWrite
@@ -77,7 +77,7 @@ def expected(
             continue
         prompt = _prompt(facts, turn, thinking)
         reasons |= answer.reasons
-        if _nothing_left(facts, turn):
+        if _unplaced(facts, turn, answer):
             reasons.add(UNPLACED)
         # DiffusionGemma goes on without a header after a tool, but writes one into its history.
         header = turn.after == "tool" and facts.style == "diffusion_gemma"
@@ -123,10 +123,15 @@ def _prompt(facts: Facts, turn: Turn, thinking: bool | None) -> str:
     return facts.prompt if prompt is None else prompt
 
 
-def _nothing_left(facts: Facts, turn: Turn) -> bool:
-    """An answer of a thought alone, which history drops: no word tells where it was."""
-    dropped = turn.thought.strip() and not turn.shown and facts.think not in ("", "calls", "always")
-    return bool(dropped and not turn.message.content.strip() and not turn.calls)
+def _unplaced(facts: Facts, turn: Turn, answer: Answer) -> bool:
+    """An earlier answer without a word, which the template would write otherwise as the last."""
+    thought = turn.thought.strip()
+    if turn.last or turn.message.content.strip() or turn.calls:
+        return False
+    if thought and thought in answer.rest:
+        return False
+    alone = replace(turn, last=True, recent=True, before="", final_later=False)
+    return SHAPES[facts.style](facts, alone).text != answer.text
 
 
 def _drops_a_thought(turn: Turn, answer: Answer) -> bool:
