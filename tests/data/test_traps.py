@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 
 from tests.data.test_chat import (
     CHATML,
@@ -125,17 +126,12 @@ def test_a_token_that_closes_the_whole_conversation_is_not_trained(tiny_json):
 
 def test_bos_is_written_once(tiny_json):
     """Neither by the template and by the tokenizer both, nor again before a text that has it."""
-    state["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": "<|end|>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {"<|end|>": {"id": "<|end|>", "ids": [0], "tokens": ["<|end|>"]}},
-    }
+    tokenizer = Tokenizer.from_str(tiny_json)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 0)]
+    )
     tokens = {"bos_token": "<|end|>", "eos_token": "<|im_end|>"}
-    tiny = with_template(json.dumps(state), "{{ bos_token }}" + CHATML, tokens)
+    tiny = with_template(tokenizer.to_str(), "{{ bos_token }}" + CHATML, tokens)
     assert (tiny.encode(talk("a", "b")).input_ids == 0).sum() == 1
     for text in ("hello", "<|end|>hello"):
         sample = tiny.encode(Text(text))
@@ -221,7 +217,7 @@ def test_turns_of_one_conversation_stay_one_sequence(tiny):
 
 
 def test_a_conversation_of_100_000_tokens(tiny):
-    words = "hello world " * 60
+    words = "hello world " * 70
     conversation = talk(*([words, "it is. " * 20] * 500))
     sample = tiny.encode(conversation)
     assert len(sample) > 100_000
