@@ -21,12 +21,17 @@ def json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
 
     Lines are physical ones and count from 1; blank ones are skipped, and so is a byte order mark.
     """
+    return ((number, parse_line(line)) for number, line in raw_lines(file))
+
+
+def raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """``(line, bytes)`` as json_lines, for whoever parses them elsewhere, by parse_line."""
     # Binary lines end at \n only; text mode would also count a lone \r as the end of a row.
     for number, line in enumerate(file, 1):
         if number == 1:
             line = line.removeprefix(BYTE_ORDER_MARK)
         if line.strip():
-            yield number, _parse(line)
+            yield number, line
 
 
 def json_array(file: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -62,7 +67,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _parse(line: bytes) -> object:
+def parse_line(line: bytes) -> object:
+    """The value of a line, or a ConversationError where it is not JSON."""
     try:
         return _VALUES.decode(line.decode())
     except ConversationError as error:

@@ -157,6 +157,12 @@ class Planner:
                 raise ConversationError(_rewritten_prompt(i, placed.text, alone.text[:start]))
             tail = alone.text[last if last >= 0 else start :]
         found = self.turns.find_stop(tail)
+        if here.last < 0 and found is not None:
+            # Nothing marks a blank answer; what the last one is given before it (an empty thought)
+            # one in history may lack.
+            leads = (found[0], conversation.messages[i].content, "")
+            fits = (lead for lead in leads if placed.text.startswith(lead + found[1], at))
+            found = next(fits, found[0]), found[1]
         if found is None or not placed.text.startswith("".join(found), at):
             raise ConversationError(_no_stop(i, tail, placed.text[at:], found))
         if here.last >= 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal, get_args
@@ -50,8 +50,8 @@ class TokenizedRows(Iterator[tuple[int, tuple[Sample, ...]]]):
 
 
 @dataclass(frozen=True)
-class _Policy:
-    """How rows become samples: the arguments of tokenize_source, checked."""
+class Policy:
+    """How rows become samples: the arguments of tokenize_source, checked (ValueError)."""
 
     options: MaskOptions
     max_tokens: int | None = None
@@ -113,7 +113,7 @@ def tokenize_source(
     from varlen_sft.data.masks import MaskOptions
 
     options = options or MaskOptions()
-    policy = _Policy(options, max_tokens, overlong, on_error, cross_check, vocab_size)
+    policy = Policy(options, max_tokens, overlong, on_error, cross_check, vocab_size)
     source = Source.parse(source) if isinstance(source, str) else source
     source = source if isinstance(source, Source) else Source(os.fspath(source))
     if rejects is not None and os.path.realpath(rejects) == os.path.realpath(source.name):
@@ -143,10 +143,43 @@ def tokenize_file(
     """
     from varlen_sft.data.masks import MaskOptions
 
-    policy = _Policy(MaskOptions(), max_tokens=max_tokens, vocab_size=vocab_size)
+    policy = Policy(MaskOptions(), max_tokens=max_tokens, vocab_size=vocab_size)
     rows = read_conversations(path)
     stream = _tokenized(os.fspath(path), rows, tokenizer, policy, LoadCounts(), None)
     return (sample for _, samples in stream for sample in samples)
+
+
+def tokenize_rows(
+    file: str,
+    rows: Iterator[tuple[int, Row | ConversationError]],
+    tokenizer: ChatTokenizer,
+    policy: Policy,
+    counts: LoadCounts,
+    left_out: Callable[[int, str], None],
+) -> Iterator[tuple[int, tuple[Sample, ...]]]:
+    """As tokenize_source, of rows that were read already.
+
+    Args:
+        file: what errors name.
+        counts: what became of the rows is added to it.
+        left_out: told the row and the reason of all that is in no sample.
+    """
+    while batch := list(islice(rows, BATCH)):
+        outcomes = _outcomes([row for _, row in batch], tokenizer, policy, counts)
+        for (number, _), outcome in zip(batch, outcomes, strict=True):
+            counts.rows += 1
+            if isinstance(outcome, ConversationError):
+                if policy.on_error == "error":
+                    raise InputError(str(outcome), file=file, row=number)
+                counts.rejected += 1
+                counts.disagreements += isinstance(outcome, Disagreement)
+                left_out(number, str(outcome))
+                continue
+            _count(counts, number, outcome)
+            for reason in outcome.left_out:
+                left_out(number, reason)
+            if outcome.samples:
+                yield number, outcome.samples
 
 
 def check_vocabulary(sample: Sample, vocab_size: int) -> None:
@@ -171,33 +204,18 @@ def _tokenized(
     file: str,
     rows: Iterator[tuple[int, Row | ConversationError]],
     tokenizer: ChatTokenizer,
-    policy: _Policy,
+    policy: Policy,
     counts: LoadCounts,
     rejects: str | os.PathLike[str] | None,
 ) -> Iterator[tuple[int, tuple[Sample, ...]]]:
     with rejects_file(file, rejects) as left_out:
-        while batch := list(islice(rows, BATCH)):
-            outcomes = _outcomes([row for _, row in batch], tokenizer, policy, counts)
-            for (number, _), outcome in zip(batch, outcomes, strict=True):
-                counts.rows += 1
-                if isinstance(outcome, ConversationError):
-                    if policy.on_error == "error":
-                        raise InputError(str(outcome), file=file, row=number)
-                    counts.rejected += 1
-                    counts.disagreements += isinstance(outcome, Disagreement)
-                    left_out(number, str(outcome))
-                    continue
-                _count(counts, number, outcome)
-                for reason in outcome.left_out:
-                    left_out(number, reason)
-                if outcome.samples:
-                    yield number, outcome.samples
+        yield from tokenize_rows(file, rows, tokenizer, policy, counts, left_out)
 
 
 def _outcomes(
     rows: Sequence[Row | ConversationError],
     tokenizer: ChatTokenizer,
-    policy: _Policy,
+    policy: Policy,
     counts: LoadCounts,
 ) -> Iterator[Fitted | ConversationError]:
     """For each row, in its place, its samples or why it cannot be used."""

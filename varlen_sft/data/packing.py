@@ -1,160 +1,92 @@
-"""Planned packing: best-fit decreasing over the length histogram.
+"""Whole samples to packs, planned over the whole set or in stream order.
 
-Best-fit decreasing takes the longest sample first and puts it where it fits tightest. Samples of
-one length need no decisions of their own: while the tightest pack with room for length l has s
-tokens left, it takes s // l of them before another pack could be tighter. So all packs with s left
-and all samples of length l move in bulk, one numpy step per pair (l, s), with the packs of the
-plain algorithm. A million samples are planned in a fraction of a second.
+``planned`` sees all lengths at once and leaves next to nothing free; ``streaming`` looks at a small
+window and keeps the order of the stream; ``next-fit`` closes a pack when the next sample does not
+fit, as a baseline; ``none`` puts each sample into a pack of its own.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
+from varlen_sft.data.packing_planned import plan_histogram
+from varlen_sft.data.packing_stream import StreamPacker
+from varlen_sft.data.packs import (
+    CHUNK,
+    OverlongSample,
+    PackingStats,
+    Packs,
+    checked_lengths,
+    pack_tokens,
+    packing_stats,
+)
 
-def plan_packs(lengths: np.ndarray | Sequence[int], max_tokens: int) -> list[np.ndarray]:
+__all__ = [
+    "Method",
+    "OverlongSample",
+    "PackingStats",
+    "Packs",
+    "StreamPacker",
+    "pack",
+    "pack_tokens",
+    "packing_stats",
+    "plan_packs",
+]
+
+Method = Literal["planned", "streaming", "next-fit", "none"]
+
+
+def pack(
+    lengths: np.ndarray | Sequence[int],
+    max_tokens: int,
+    method: Method = "planned",
+    *,
+    window: int = 64,
+) -> Packs:
     """Pack whole samples; every sample is in exactly one pack. Deterministic.
 
     Args:
         lengths: (N,) integers, input tokens per sample (L - 1 of a sample of L tokens).
         max_tokens: T, the most tokens in a pack.
-
-    Returns:
-        One int64 array of sample ids per pack, in the order the packs were opened.
+        method: see above.
+        window: W of ``streaming``.
 
     Raises:
-        ValueError: a length below 1 or above max_tokens; names the sample.
-        TypeError: lengths are not integers.
+        OverlongSample: a length above max_tokens.
+        InputError: a length below 1.
+        ValueError: an unknown method; max_tokens or window below 1.
+        TypeError: lengths are not integers in one row.
     """
-    lengths = _checked(lengths, max_tokens)
-    order = np.argsort(-lengths, kind="stable")
-    values, counts = np.unique(lengths, return_counts=True)
-    bins = _OpenPacks(max_tokens)
-    pack_of = np.empty(len(lengths), dtype=np.int64)  # of the samples in order
-    done = 0
-    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        while count:
-            packs = bins.place(length, count)
-            pack_of[done : done + len(packs)] = packs
-            done += len(packs)
-            count -= len(packs)
-    by_pack = order[np.argsort(pack_of, kind="stable")]
-    ends = np.cumsum(np.bincount(pack_of, minlength=bins.opened)).tolist()
-    return [by_pack[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    lengths = checked_lengths(lengths, max_tokens)
+    if method == "planned":
+        return plan_histogram(lengths, max_tokens)
+    if method == "streaming":
+        return StreamPacker(lengths, max_tokens, window=window).take()
+    ids = np.arange(len(lengths), dtype=np.int64)
+    if method == "next-fit":
+        return Packs(ids, _next_fit(lengths, max_tokens))
+    if method == "none":
+        return Packs(ids, np.arange(len(lengths) + 1, dtype=np.int64))
+    raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
 
 
-@dataclass(frozen=True)
-class PackingStats:
-    """What a plan came to; ``fill`` is tokens / (packs * max_tokens), 1.0 when there is no pack."""
-
-    packs: int
-    samples: int
-    tokens: int
-    max_tokens: int
-    fill: float
-    largest: int  # tokens in the fullest pack
-    smallest: int  # tokens in the emptiest pack
-    most_samples: int  # in one pack
+def plan_packs(lengths: np.ndarray | Sequence[int], max_tokens: int) -> list[np.ndarray]:
+    """``pack(lengths, max_tokens)`` as one int64 array of sample ids per pack."""
+    return list(pack(lengths, max_tokens))
 
 
-def packing_stats(
-    packs: Sequence[np.ndarray], lengths: np.ndarray | Sequence[int], max_tokens: int
-) -> PackingStats:
-    """Count a plan. Raises ValueError if a pack holds more than max_tokens."""
-    tokens = pack_tokens(packs, lengths)
-    over = np.flatnonzero(tokens > max_tokens)
-    if len(over):
-        raise ValueError(
-            f"pack {over[0]} holds {tokens[over[0]]} tokens, more than max_tokens = {max_tokens}"
-        )
-    total = int(tokens.sum())
-    return PackingStats(
-        packs=len(packs),
-        samples=sum(map(len, packs)),
-        tokens=total,
-        max_tokens=max_tokens,
-        fill=total / (len(packs) * max_tokens) if len(packs) else 1.0,
-        largest=int(tokens.max(initial=0)),
-        smallest=int(tokens.min()) if len(packs) else 0,
-        most_samples=max(map(len, packs), default=0),
-    )
-
-
-def pack_tokens(packs: Sequence[np.ndarray], lengths: np.ndarray | Sequence[int]) -> np.ndarray:
-    """(len(packs),) int64 tokens in each pack."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    return np.array([lengths[pack].sum() for pack in packs], dtype=np.int64)
-
-
-class _OpenPacks:
-    """Packs by the space left in them."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self.opened = 0
-        self._max_tokens = max_tokens
-        self._spaces: list[int] = []  # ascending, each with at least one pack
-        self._packs: dict[int, list[np.ndarray]] = {}  # space -> ids, in chunks
-
-    def place(self, length: int, count: int) -> np.ndarray:
-        """Place up to ``count`` samples of one length; the pack ids of those that were placed.
-
-        Takes packs of one space only: after it, another space may be the tightest.
-        """
-        at = bisect_left(self._spaces, length)
-        if at == len(self._spaces):
-            space = self._max_tokens
-            each = space // length
-            packs = np.arange(self.opened, self.opened + -(-count // each))
-            self.opened += len(packs)
-        else:
-            space = self._spaces[at]
-            each = space // length
-            packs = self._take(at, -(-count // each))
-        placed = min(count, each * len(packs))
-        full, rest = divmod(placed, each)
-        self._put(space - each * length, packs[:full])
-        if rest:
-            self._put(space - rest * length, packs[full:])
-        return np.repeat(packs, each)[:placed]
-
-    def _take(self, at: int, wanted: int) -> np.ndarray:
-        """Remove up to ``wanted`` packs that have the space self._spaces[at]."""
-        space = self._spaces[at]
-        chunks = self._packs.pop(space)
-        packs = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
-        if len(packs) > wanted:
-            self._packs[space] = [packs[wanted:]]
-        else:
-            del self._spaces[at]
-        return packs[:wanted]
-
-    def _put(self, space: int, packs: np.ndarray) -> None:
-        if space == 0 or not len(packs):
-            return
-        if space not in self._packs:
-            self._packs[space] = []
-            insort(self._spaces, space)
-        self._packs[space].append(packs)
-
-
-def _checked(lengths: np.ndarray | Sequence[int], max_tokens: int) -> np.ndarray:
-    lengths = np.asarray(lengths)
-    if lengths.size == 0:
-        lengths = lengths.astype(np.int64)
-    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
-        raise TypeError(
-            f"lengths must be integers (N,), got {lengths.dtype} of shape {lengths.shape}"
-        )
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    for bad, what in ((lengths < 1, "at least 1"), (lengths > max_tokens, "at most max_tokens")):
-        if bad.any():
-            at = int(bad.argmax())
-            raise ValueError(
-                f"sample {at} has length {lengths[at]}, must be {what} (max_tokens = {max_tokens})"
-            )
-    return lengths.astype(np.int64)
+def _next_fit(lengths: np.ndarray, max_tokens: int) -> np.ndarray:
+    """(P + 1,) int64: where packs begin."""
+    starts = [0]
+    used = at = 0
+    for first in range(0, len(lengths), CHUNK):
+        for length in lengths[first : first + CHUNK].tolist():
+            used += length
+            if used > max_tokens:
+                starts.append(at)
+                used = length
+            at += 1
+    return np.array(starts + [at] * (at > 0), dtype=np.int64)

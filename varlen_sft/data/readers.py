@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from varlen_sft.data import arrow_rows, megatron
+from varlen_sft.data import arrow_rows, megatron, store
 from varlen_sft.data.conversation import ConversationError, kind_of
 from varlen_sft.data.json_rows import BYTE_ORDER_MARK, json_array, json_lines
 from varlen_sft.errors import InputError
 
 Opener = Callable[[], BinaryIO]
+LineReader = Callable[[BinaryIO], Iterable[tuple[int, Any]]]
 
 HEAD = 1 << 12
 """Bytes that decide what a file is."""
@@ -41,19 +42,24 @@ _YAML = re.compile(rb"(---|#|%YAML|- |[A-Za-z_]+:(\s|$))")
 
 
 def read_dicts(
-    path: str | os.PathLike[str], *, split: str | None = None, with_mask: bool = False
+    path: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    with_mask: bool = False,
+    lines: LineReader = json_lines,
 ) -> Iterator[tuple[int, Any]]:
     """Stream ``(number, row)``; a row is a JSON object, or a ConversationError where it is none.
 
     Read are, in constant memory: JSON lines and JSON arrays, also inside gzip or zstd; Parquet;
     Arrow IPC files and streams; folders of ``datasets.save_to_disk``; Megatron's ``.bin/.idx``, by
-    its prefix or either file. YAML of the ChatterBot corpus is read whole. Rows count from 1; those
+    its prefix or either file, and with their weights if ``varlen-sft prepare`` made them. YAML of the ChatterBot corpus is read whole. Rows count from 1; those
     of JSON lines are physical lines. The file is opened at once, before the first row.
 
     Args:
         path: file, folder or prefix.
         split: of a folder with several.
         with_mask: see ``megatron.megatron_rows``; for other files it changes nothing.
+        lines: what reads JSON lines; ``json_rows.raw_lines`` leaves them as bytes.
 
     Raises:
         InputError: with file, and row where there is one: it cannot be opened, is none of the
@@ -66,8 +72,10 @@ def read_dicts(
         raise InputError(f"is a file and has no split {split!r}", file=path)
     prefix = megatron.prefix_of(path)
     if prefix is not None:
+        if store.is_prepared(prefix):
+            return store.store_rows(prefix)
         return megatron.megatron_rows(prefix, with_mask=with_mask)
-    return _file(path)
+    return _file(path, lines)
 
 
 def is_there(path: Path) -> bool:
@@ -82,7 +90,7 @@ def _folder(path: Path, split: str | None) -> Iterator[tuple[int, Any]]:
     raise InputError("is a folder, expected a file or a folder of datasets.save_to_disk", file=path)
 
 
-def _file(path: Path) -> Iterator[tuple[int, Any]]:
+def _file(path: Path, lines: LineReader) -> Iterator[tuple[int, Any]]:
     head = _head(path, lambda: path.open("rb"))
     for magic, kind in _UNREADABLE.items():
         if head.startswith(magic):
@@ -93,7 +101,7 @@ def _file(path: Path) -> Iterator[tuple[int, Any]]:
     if head.startswith((_ARROW, _ARROW_STREAM)):
         _need("pyarrow", "Arrow", path)
         return arrow_rows.arrow_rows([path])
-    return _text(path, _opener(path, head))
+    return _text(path, _opener(path, head), lines)
 
 
 def _opener(path: Path, head: bytes) -> Opener:
@@ -113,18 +121,18 @@ def _open_zstd(path: Path) -> BinaryIO:
     return io.BufferedReader(stream)
 
 
-def _text(path: Path, opener: Opener) -> Iterator[tuple[int, Any]]:
+def _text(path: Path, opener: Opener, lines: LineReader) -> Iterator[tuple[int, Any]]:
     head = _head(path, opener)
     if head.startswith((_PARQUET, _ARROW, _ARROW_STREAM)):
         raise InputError("is Parquet or Arrow inside gzip or zstd: unpack it first", file=path)
     text = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     if text.startswith(b"["):
-        read: Callable[[BinaryIO], Iterable[tuple[int, Any]]] = json_array
+        read: LineReader = json_array
     elif _YAML.match(text):
         _need("yaml", "YAML", path)
         read = chatterbot_rows
     else:
-        read = json_lines
+        read = lines
     return _guarded(path, opener, read)
 
 
@@ -142,7 +150,7 @@ def _head(path: Path, opener: Opener) -> bytes:
 def _guarded(
     path: Path,
     opener: Opener,
-    read: Callable[[BinaryIO], Iterable[tuple[int, Any]]],
+    read: LineReader,
 ) -> Iterator[tuple[int, Any]]:
     """The rows of a text file, with its name on what goes wrong."""
     number = 0

@@ -99,7 +99,7 @@ def read_rows(
     if isinstance(sample_processor, str):
         sample_processor = load_processor(sample_processor)
     rows = _hub_rows(source) if source.hub else _local_rows(source)
-    return _parsed(source, rows, sample_processor, mask_token_ids)
+    return parse_rows(source, rows, sample_processor, mask_token_ids)
 
 
 def load_processor(name: str) -> SampleProcessor:
@@ -168,12 +168,13 @@ def _table_rows(data: Any) -> Iterator[Any]:
         yield from batch_rows([table], table.schema)
 
 
-def _parsed(
+def parse_rows(
     source: Source,
     rows: Iterator[tuple[int, Any]],
     processor: SampleProcessor | None,
     mask_token_ids: Sequence[int],
 ) -> Iterator[tuple[int, Row | ConversationError]]:
+    """As read_rows, of rows as ``readers.read_dicts`` gives them."""
     for number, row in rows:
         try:
             if isinstance(row, ConversationError):

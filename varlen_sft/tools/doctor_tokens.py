@@ -86,7 +86,7 @@ def control_text(subject: Subject) -> Finding:
     if isinstance(probe.outcome, ConversationError) or isinstance(expected, ConversationError):
         return Finding(name, "note", f"such rows are refused: {probe.outcome}")
     found, wanted = (_controls(subject, samples) for samples in (probe.outcome, expected))
-    if False:
+    if found != wanted:
         more = [repr(subject.tokenizer.decode([token])) for token in sorted(found - wanted)]
         return Finding(name, "fail", f"no: a user who types {listed(more)} writes that token")
     return Finding(name, "pass", f"yes, as in {quoted(user.content)}")
