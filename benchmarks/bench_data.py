@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 HELP = """\
-Prepares conversations of about 500 tokens: render the chat template, tokenise, find what is trained.
+Prepares conversations of about 500 tokens: render the template, tokenise, find what is trained.
 
   ours     ChatTokenizer.encode_rows in batches of 1000, with a second mechanism that checks one row
            in a hundred
@@ -232,7 +232,7 @@ def main() -> int:
     if args.worker:
         print(json.dumps(worker(args)))
         return 0
-    from varlen_sft.tools.step_bench import environment
+    from varlen_sft.tools.environment import environment
     from varlen_sft.tools.step_table import stamp
 
     console = Console(width=None if sys.stdout.isatty() else 110)

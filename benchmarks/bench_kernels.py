@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from varlen_sft.tools import sass
-from varlen_sft.tools.sass import CAPABILITIES, Figures, Record
+from varlen_sft.tools.sass import CAPABILITIES, Figures
+from varlen_sft.tools.sass_record import Record, problems
 
 HELP = """\
 Compiles every Triton kernel ahead of time, in every row of its launch table, for A100 (sm_80),
@@ -94,13 +95,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE",
                         help="default: results/kernels.json beside this script")  # fmt: skip
     args = parser.parse_args()
-    from varlen_sft.tools.step_bench import environment
+    from varlen_sft.tools.environment import environment
 
     figures = compile_with_bar()
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(render(figures))
     variants = {variant.name: variant for variant in sass.all_variants()}
-    found = [text for f in figures for text in sass.problems(f, variants[f.name], None)]
+    found = [text for f in figures for text in problems(f, variants[f.name], None)]
     for problem in found:
         console.print(f"[red]{problem}[/red]", highlight=False)
     if args.json.exists():

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from varlen_sft.data.batch import collate
 from varlen_sft.tools import step_bench
+from varlen_sft.tools.environment import environment
 from varlen_sft.tools.step_bench import Load, LossesDisagree
 from varlen_sft.tools.step_candidates import CANDIDATES, SHORTEST, load_hf
 from varlen_sft.tools.step_table import CPU_NOTE, describe, disturbed, render, stamp
@@ -182,7 +183,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     # A pipe has no width; rich would fold the table at 80 columns.
     console = Console(width=None if sys.stdout.isatty() else 130)
-    environment, results = step_bench.environment(), []
+    facts, results = environment(), []
     for dtype in TOKENS if args.dtype == "both" else (args.dtype,):
         tokens = args.tokens or TOKENS[dtype]
         load = Load(args.model, step_bench.DTYPES[dtype], tokens, args.seed)
@@ -192,8 +193,8 @@ def main() -> int:
             console.print(f"[red]No table in {dtype}, the losses disagree:[/red] {error}")
             return 1
         console.print(render(results[-1]))
-    console.print(stamp(environment), highlight=False)
-    write_json(args.json, {"note": CPU_NOTE, "environment": environment, "tables": results})
+    console.print(stamp(facts), highlight=False)
+    write_json(args.json, {"note": CPU_NOTE, "environment": facts, "tables": results})
     return 0
 
 

@@ -10,7 +10,7 @@ import torch
 from op_groups import Group, as_json, render
 from rich.console import Console
 
-from varlen_sft.tools import step_bench
+from varlen_sft.tools.environment import environment
 from varlen_sft.tools.step_table import stamp
 
 GROUPS = pytest.StashKey[list[Group]]()
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
     config.stash[GROUPS] = []
-    config.stash[ENVIRONMENT] = step_bench.environment()
+    config.stash[ENVIRONMENT] = environment()
 
 
 @pytest.fixture(scope="session")

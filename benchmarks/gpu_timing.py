@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from varlen_sft.tools import step_bench
+from varlen_sft.tools.environment import environment as host_environment
 
 WARM_UP = 3
 FLUSH_BYTES = 256 * 2**20  # five times an H100's L2
@@ -112,7 +112,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    host = step_bench.environment()
+    host = host_environment()
     kept = {key: host[key] for key in ("commit", "date", "cpp_extension")}
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return gpu | {"capability": torch.cuda.get_device_capability()} | kept | {"versions": versions}

@@ -69,7 +69,7 @@ def caption() -> str:
 
 def stamp() -> dict[str, Any]:
     """Versions, commit, date."""
-    from varlen_sft.tools.step_bench import environment
+    from varlen_sft.tools.environment import environment
 
     facts = environment()
     packages = ("varlen-sft", "torch", "triton", "liger-kernel")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from varlen_sft.ops.launch import KernelVariant
-from varlen_sft.tools import sass
+from varlen_sft.tools import sass, sass_record
 from varlen_sft.tools.sass_text import disassembly
 
 triton = pytest.importorskip("triton")
@@ -26,18 +26,18 @@ RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "kernels.json"
 
 
 def test_every_kernel_is_good_and_as_good_as_recorded_on_every_target():
-    variants, record = sass.all_variants(), sass.Record.load(RECORD)
+    variants, record = sass.all_variants(), sass_record.Record.load(RECORD)
     named = {variant.name: variant for variant in variants}
     found = [
         problem
         for figures in sass.compile_all(variants)
-        for problem in sass.problems(figures, named[figures.name], record.of(figures))
+        for problem in sass_record.problems(figures, named[figures.name], record.of(figures))
     ]
     assert not found, "\n".join(found)
 
 
 def test_the_record_tells_of_exactly_the_kernels_there_are():
-    record = sass.Record.load(RECORD)
+    record = sass_record.Record.load(RECORD)
     if not record.is_comparable:
         pytest.skip(f"the record is of triton {record.triton}: its counts are not compared here")
     names = (variant.name for variant in sass.all_variants())
@@ -93,7 +93,7 @@ def compiled(variant: KernelVariant, capability: int = 90) -> sass.Figures:
 
 
 def judged(variant: KernelVariant) -> list[str]:
-    return sass.problems(compiled(variant), variant, None)
+    return sass_record.problems(compiled(variant), variant, None)
 
 
 @pytest.mark.parametrize("capability", sass.CAPABILITIES)
@@ -118,8 +118,8 @@ def test_a_good_kernel_has_no_problems():
 def test_a_fused_product_is_counted_and_refused_only_where_rounding_matters():
     figures = compiled(toy(add_rows))
     assert figures.fused == 8  # per thread
-    assert sass.problems(figures, toy(add_rows), None) == []
-    assert sass.problems(figures, toy(add_rows, enable_fp_fusion=False), None) == [
+    assert sass_record.problems(figures, toy(add_rows), None) == []
+    assert sass_record.problems(figures, toy(add_rows, enable_fp_fusion=False), None) == [
         "toy, sm_90: 8 fused multiply-adds, where each product has to be rounded"
     ]
 
@@ -146,7 +146,7 @@ def test_spills_and_their_stack_are_refused():
     variant = toy(hold_everything, block=2**16)
     figures = compiled(variant)
     assert min(figures.spill_stores, figures.spill_loads, figures.stack_bytes) > 0
-    assert sass.problems(figures, variant, None) == [
+    assert sass_record.problems(figures, variant, None) == [
         f"toy, sm_90: {figures.spill_stores} spill stores, {figures.spill_loads} spill loads",
         f"toy, sm_90: {figures.stack_bytes} bytes of local stack",
     ]
@@ -195,21 +195,22 @@ def test_counts_above_the_record_are_refused():
     better = replace(
         figures, registers=figures.registers - 1, instructions=figures.instructions - 1
     )
-    assert sass.problems(figures, variant, better) == [
+    assert sass_record.problems(figures, variant, better) == [
         f"toy, sm_90: {figures.registers} registers, recorded {figures.registers - 1}",
         f"toy, sm_90: {figures.instructions} instructions, recorded {figures.instructions - 1}",
     ]
-    assert sass.problems(better, variant, figures) == []
-    assert sass.problems(figures, variant, figures) == []
+    assert sass_record.problems(better, variant, figures) == []
+    assert sass_record.problems(figures, variant, figures) == []
 
 
 def test_a_record_survives_its_file_and_serves_its_own_triton_alone(tmp_path):
     figures = compiled(toy(add_rows))
-    sass.Record(triton.__version__, {(figures.name, 90): figures}).write(tmp_path / "r.json", {})
-    record = sass.Record.load(tmp_path / "r.json")
+    kept = {(figures.name, 90): figures}
+    sass_record.Record(triton.__version__, kept).write(tmp_path / "r.json", {})
+    record = sass_record.Record.load(tmp_path / "r.json")
     assert record.of(figures) == figures
     assert record.of(replace(figures, capability=80)) is None
-    assert sass.Record("0.0", record.figures).of(figures) is None
+    assert sass_record.Record("0.0", record.figures).of(figures) is None
 
 
 def test_names_of_variants_are_unique(monkeypatch):

@@ -83,6 +83,9 @@ def talk(*contents: str, system: str | None = None) -> Conversation:
     return Conversation(tuple(messages))
 
 
+TALK = talk("hello", "it is.", "what?", "world", "is it", "x", system="world")
+
+
 WORDS = st.lists(
     st.sampled_from(["hello", " world", "it is.", "\n", "é", " 🤖", "x", " "]), max_size=6
 ).map("".join)

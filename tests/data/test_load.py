@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.overlong_rows import talk, targets, tokenizer, trained
-from varlen_sft.data.load import tokenize_source
+from varlen_sft.data.load import tokenize_file, tokenize_source
 from varlen_sft.data.masks import MaskOptions
 from varlen_sft.errors import InputError
 
@@ -96,6 +96,20 @@ def test_a_row_in_which_no_answer_is_trained_is_counted(tmp_path):
     assert (stream.counts.rows, stream.counts.untrained) == (2, 1)
 
 
+def test_a_file_of_conversations_alone(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [GOOD, LONG])
+    samples = list(tokenize_file(path, tokenizer()))
+    assert [trained(tokenizer(), s)[-1] for s in samples] == ["it is.<|im_end|>", "world<|im_end|>"]
+    rows = len(samples[1]) - 1
+    assert len(list(tokenize_file(path, tokenizer(), max_tokens=rows))) == 2
+    with pytest.raises(InputError) as caught:
+        list(tokenize_file(path, tokenizer(), max_tokens=rows - 1))
+    reason = f"{rows} rows do not fit a pack of {rows - 1} tokens"
+    assert str(caught.value) == f"{path}, row 2: {reason}"
+    with pytest.raises(InputError, match="row 1: expected a conversation, the row is text"):
+        list(tokenize_file(write(path, [TEXT]), tokenizer()))
+
+
 # -- rows that cannot be used
 
 
@@ -145,6 +159,7 @@ def test_what_does_not_fit_is_counted_with_its_rows(tmp_path):
     assert [number for number, _ in stream] == [1, 2, 4]
     over = stream.counts.overlong
     assert over.rows == {"dropped": [3], "truncated": [2, 4], "split": []}
+    assert (over.truncated, over.parts, over.parts_dropped) == (2, 0, 0)
     stream = tokenize_source(path, tokenizer(), max_tokens=16, overlong="drop", rejects=rejects)
     assert [number for number, _ in stream] == [1]
     assert stream.counts.overlong.rows == {"dropped": [2, 3, 4], "truncated": [], "split": []}

@@ -8,9 +8,11 @@ import pytest
 
 from tests.data.overlong_rows import talk, tokenizer, trained
 from tests.data.test_load import GOOD, LONG, ROWS, TEXT, rejects_of, row, write
+from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.conversation import Conversation, Message
 from varlen_sft.data.layout import Layout, Planner
 from varlen_sft.data.load import BATCH, content_hash, tokenize_source
+from varlen_sft.data.masks import MaskOptions
 from varlen_sft.errors import InputError
 
 
@@ -90,6 +92,21 @@ def test_a_hash_is_of_all_that_is_said():
     hashes = [content_hash(Conversation((user, answer))) for answer in answers]
     assert len({one, *hashes}) == 4
     assert hashes[2] == content_hash(Conversation((user, replace(said, tool_calls=(other,)))))
+
+
+def test_rows_are_checked_under_the_options_they_are_trained_with(monkeypatch, tmp_path):
+    seen = []
+    check = ChatTokenizer.cross_check
+
+    def seeing(self: ChatTokenizer, rows: list, options: MaskOptions | None = None) -> list:
+        seen.append((len(rows), options))
+        return check(self, rows, options)
+
+    monkeypatch.setattr(ChatTokenizer, "cross_check", seeing)
+    options = MaskOptions(history="per_assistant")
+    path = write(tmp_path / "rows.jsonl", [GOOD, TEXT, LONG])
+    list(tokenize_source(path, tokenizer(), options, cross_check="all"))
+    assert seen == [(2, options)]
 
 
 def test_one_row_in_a_hundred_is_checked_without_being_asked(planted, tmp_path):

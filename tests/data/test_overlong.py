@@ -10,8 +10,8 @@ import pytest
 from tests.data.overlong_rows import (
     ANSWERS,
     MODES,
+    TALK,
     TEMPLATES,
-    THINKING,
     fit,
     prefix,
     rows_of,
@@ -24,8 +24,6 @@ from tests.data.overlong_rows import (
 from varlen_sft.data.conversation import Conversation, ConversationError, Message
 from varlen_sft.data.masks import MaskOptions
 from varlen_sft.data.overlong import Fitted, OverlongCounts, fit_rows
-
-TALK = talk("hello", "it is.", "what?", "world", "is it", "x", system="world")
 
 
 @pytest.mark.parametrize(("turns", "extra"), [(1, 0), (1, 3), (2, 0), (2, 3)])
@@ -91,9 +89,9 @@ def test_a_split_repeats_the_system_prompt_untrained():
 
 
 def test_parts_hold_as_many_turns_as_fit():
-    conversation = talk(*["hello", "it is."] * 6, system="world")
+    conversation = talk(*["hello", "it is."] * 8, system="world " * 20)
     fitted = fit(conversation, rows_of(prefix(conversation, 3)) + 6, "split")
-    assert [len(trained(tokenizer(), sample)) for sample in fitted.samples] == [3, 3]
+    assert [len(trained(tokenizer(), sample)) for sample in fitted.samples] == [3, 3, 2]
 
 
 def test_a_turn_that_does_not_fit_is_left_out_with_its_reason():
@@ -143,65 +141,6 @@ def test_tool_calls_stay_with_their_results():
     ]  # fmt: skip
     cut = fit(conversation, rows_of(conversation) - 1, "truncate")
     assert [trained(tokenizer(), sample) for sample in cut.samples] == [["x<|im_end|>"]]
-
-
-def test_parts_of_untrained_answers_are_left_out_and_counted():
-    messages = [replace(m, weight=float(i == 4)) for i, m in enumerate(TALK.messages)]
-    fitted = fit(Conversation(tuple(messages)), rows_of(turn(TALK, 1)) + 2, "split")
-    assert [trained(tokenizer(), sample) for sample in fitted.samples] == [["world<|im_end|>"]]
-    assert (fitted.parts_untrained, fitted.targets_lost) == (2, 0)
-
-
-def test_a_last_answer_has_nothing_to_truncate_to():
-    limit = rows_of(turn(TALK, 1)) + 3
-    reason = f"{rows_of(TALK)} rows do not fit a pack of {limit} tokens: only its last answer is "
-    dropped = fit(TALK, limit, "truncate", MODES["last"])
-    assert (dropped.outcome, dropped.left_out) == ("dropped", (reason + "trained",))
-    fitted = fit(TALK, limit, "split", MODES["last"])
-    assert [trained(tokenizer(), sample) for sample in fitted.samples] == [["x<|im_end|>"]]
-    assert (fitted.parts_untrained, fitted.targets_lost) == (2, 0)
-
-
-def test_a_row_of_each_answer():
-    """With ``history=per_assistant`` answers that fit stay, and parts give them less history."""
-    options = MaskOptions(history="per_assistant")
-    limit = rows_of(prefix(TALK, 2))
-    cut = fit(TALK, limit, "truncate", options)
-    assert [trained(tokenizer(), s) for s in cut.samples] == [
-        ["it is.<|im_end|>"],
-        ["world<|im_end|>"],
-    ]
-    assert cut.left_out == ("1 of 3 answers do not fit with their history",)
-    split = fit(TALK, limit, "split", MaskOptions("all", history="per_assistant"))
-    texts = [tokenizer().decode(sample.input_ids) for sample in split.samples]
-    assert texts[:2] == [tokenizer().render(prefix(TALK, k).messages) for k in (1, 2)]
-    assert texts[2] == tokenizer().render(turn(TALK, 2).messages)
-    assert trained(tokenizer(), split.samples[0]) == [texts[0]]
-    assert trained(tokenizer(), split.samples[2]) == ["is it", "x<|im_end|>"]
-
-
-def test_a_template_that_drops_thinking_keeps_it_at_the_end_of_a_part():
-    thinking = tokenizer(THINKING)
-    messages = [
-        replace(m, reasoning_content="é") if m.role == "assistant" else m for m in TALK.messages
-    ]
-    conversation = Conversation(tuple(messages))
-    whole = thinking.encode(conversation)
-    assert trained(thinking, whole) == ["it is.<|im_end|>", "world<|im_end|>", "(é)x<|im_end|>"]
-    fitted, short = (
-        fit_rows(thinking, [conversation], MODES["all"], rows, "split")[0] for rows in (57, 40)
-    )
-    assert [trained(thinking, sample) for sample in fitted.samples] == [
-        [thinking.render(prefix(conversation, 2).messages)],
-        ["<|im_start|>user\nis it<|im_end|>\n<|im_start|>assistant\n(é)x<|im_end|>\n"],
-    ]
-    assert fitted.targets_lost == 0
-    # The second part is no piece of the whole, so only what its messages own is trained.
-    assert [trained(thinking, sample) for sample in short.samples] == [
-        [thinking.render(prefix(conversation, 1).messages)],
-        ["what?", "(é)world<|im_end|>"],
-        ["<|im_start|>user\nis it<|im_end|>\n<|im_start|>assistant\n(é)x<|im_end|>\n"],
-    ]
 
 
 def test_counts_of_the_tokenizer_are_of_whole_rows():

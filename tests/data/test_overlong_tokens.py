@@ -81,6 +81,13 @@ def test_tokens_are_truncated_without_half_an_answer(weights, rows, kept, masked
     assert (fitted.runs_masked, fitted.targets_lost) == (masked, lost)
 
 
+def test_parts_of_tokens_without_a_target_are_left_out_and_counted():
+    fitted = fit(tokens(1, 1, 0, 0, 0, 0, 0.5), 2, "split")
+    ids = [sample.input_ids.tolist() for sample in fitted.samples]
+    assert (ids, fitted.parts_untrained) == ([[3, 4, 5], [7, 8, 9]], 1)
+    assert [s.token_weights.tolist() for s in fitted.samples] == [[1, 1, 0], [0, 0, 0.5]]
+
+
 def test_tokens_of_one_cut_answer_are_dropped():
     fitted = fit(tokens(0, 0, 1, 1, 1), 3, "truncate")
     assert (fitted.samples, fitted.outcome, fitted.targets_lost) == ((), "dropped", 3)

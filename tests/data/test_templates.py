@@ -17,7 +17,7 @@ from tests.data.templates import tokenizers
 from tests.data.templates.conversations import conversations, own
 from tests.data.templates.oracle import SPELLED, expected
 from tests.data.templates.prove import Verdict, chat_tokenizer, prove, trained, with_template
-from tests.data.templates.templates import FACTS, sources
+from tests.data.templates.templates import FACTS, settings_of, sources
 from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.conversation import Conversation, ConversationError, Message
 from varlen_sft.data.masks import MaskOptions
@@ -63,12 +63,6 @@ def _tokenizer(name: str, request: pytest.FixtureRequest) -> Tokenizer:
     if not path.exists():
         tokenizers.qwen().save(str(path))
     return Tokenizer.from_file(str(path))
-
-
-def settings_of(name: str) -> list[bool | None]:
-    """Every value of ``enable_thinking`` that a template knows."""
-    facts = FACTS[name]
-    return [None, *([False] if facts.quiet else []), *([True] if facts.loud else [])]
 
 
 def test_every_template_of_the_wheel_has_facts():

@@ -176,6 +176,12 @@ def test_progress_tells_of_rows(folder, file):
     assert told[-1] == "74 of 74 rows checked a second way"
 
 
+def test_the_first_token_is_no_target(folder, file):
+    row = {"input_ids": [5, 6], "labels": [5, -100]}
+    data = examined(folder(), file(row, talk("a", "b")))["data"]
+    assert findings(data)["are there rows with nothing to train?"] == ("fail", "1 of 2 rows: row 1")
+
+
 def test_a_file_without_rows_is_bad_input(folder, file):
     with pytest.raises(InputError, match="there are no rows"):
         examined(folder(), file())

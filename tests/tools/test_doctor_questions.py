@@ -238,3 +238,6 @@ def test_a_question_without_an_answer_says_so(folder):
     found = asked(folder(), supervision_mode="roles", roles=("user",))
     assert found[STOPS] == ("note", "no answer of a probe is trained")
     assert failed(found) == set()
+    found = asked(folder(), supervision_mode="roles", roles=("tool",), history="per_assistant")
+    assert found[AGREE] == ("note", "nothing to compare: no probe can be placed")
+    assert failed(found) == set()

@@ -133,7 +133,7 @@ def _first_tokens(case: Case) -> Fitted:
     cut = _cut(whole, 0, case.max_tokens)
     weights = cut.token_weights
     trained = np.append(weights > 0, whole.token_weights[len(cut)] > 0)
-    if isinstance(case.row, Text) or not trained[-2:].all():
+    if not trained[-2:].all():
         return case.cut("truncated", (cut,))
     start = int((~trained).nonzero()[0][-1]) + 1 if not trained.all() else 0
     if start < 2:

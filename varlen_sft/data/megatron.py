@@ -21,12 +21,14 @@ offset bytes type    content
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from varlen_sft.data.packed_rows import is_packed, split_packed
 from varlen_sft.errors import InputError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -117,6 +119,9 @@ def read_index(prefix: Path) -> Index:
 def megatron_rows(prefix: Path, *, with_mask: bool = False) -> Iterator[tuple[int, dict]]:
     """``(number, {"input_ids": (L,) array})`` of each document, from 1; one in memory at a time.
 
+    A document is one row, whatever tokens it holds: an end-of-document token is a token. Packed
+    rows (``packed_rows``) give the samples in them, with a ``loss_mask``, numbered on.
+
     Args:
         prefix: of the files.
         with_mask: documents are tokens followed by as many mask entries, 0 or 1 for each token, as
@@ -124,13 +129,40 @@ def megatron_rows(prefix: Path, *, with_mask: bool = False) -> Iterator[tuple[in
 
     Raises:
         InputError: see read_index; with row, a document that is not tokens and a mask, or that
-            ``.bin`` ends before, since it changed meanwhile.
+            ``.bin`` ends before, since it changed meanwhile; packed rows that are damaged.
     """
     return _documents(read_index(prefix), with_mask)
 
 
 def _documents(index: Index, with_mask: bool) -> Iterator[tuple[int, dict]]:
     path = _with(index.prefix, ".bin")
+    numbered = enumerate(_tokens(path, index), 1)
+    first = next(numbered, None)
+    if first is None:
+        return
+    documents = chain([first], numbered)
+    if is_packed(first[1]):
+        yield from enumerate(_packed(path, documents), 1)
+        return
+    for number, tokens in documents:
+        if not with_mask:
+            yield number, {"input_ids": tokens}
+            continue
+        half = len(tokens) // 2
+        if len(tokens) % 2 or (
+            len(tokens) and not 0 <= tokens[half:].min() <= tokens[half:].max() <= 1
+        ):
+            raise InputError(
+                "expected tokens and as many mask entries, 0 or 1 ('sft:' reads documents so), "
+                f"got {len(tokens)} entries that are not",
+                file=path,
+                row=number,
+            )
+        yield number, {"input_ids": tokens[:half], "loss_mask": tokens[half:]}
+
+
+def _tokens(path: Path, index: Index) -> Iterator[np.ndarray]:
+    """The tokens of each document."""
     with path.open("rb") as file:  # read, not mapped: an empty file cannot be
         for number in range(1, index.num_documents + 1):
             first, last = (int(n) for n in index.documents[number - 1 : number + 1])
@@ -138,19 +170,16 @@ def _documents(index: Index, with_mask: bool) -> Iterator[tuple[int, dict]]:
             data = file.read(count * index.dtype.itemsize)
             if len(data) != count * index.dtype.itemsize:
                 raise InputError("ends before the end of this document", file=path, row=number)
-            tokens = np.frombuffer(data, dtype=index.dtype)
-            if not with_mask:
-                yield number, {"input_ids": tokens}
-                continue
-            half = count // 2
-            if count % 2 or (count and not 0 <= tokens[half:].min() <= tokens[half:].max() <= 1):
-                raise InputError(
-                    "expected tokens and as many mask entries, 0 or 1 ('sft:' reads documents so), "
-                    f"got {count} entries that are not",
-                    file=path,
-                    row=number,
-                )
-            yield number, {"input_ids": tokens[:half], "loss_mask": tokens[half:]}
+            yield np.frombuffer(data, dtype=index.dtype)
+
+
+def _packed(path: Path, documents: Iterable[tuple[int, np.ndarray]]) -> Iterator[dict]:
+    """The samples of all packed rows."""
+    for number, words in documents:
+        try:
+            yield from split_packed(words)
+        except InputError as error:
+            raise InputError(error.reason, file=path, row=number) from None
 
 
 def _header(path: Path, head: bytes) -> tuple[np.dtype, int, int]:

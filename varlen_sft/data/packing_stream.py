@@ -22,7 +22,7 @@ __all__ = ["StreamPacker"]
 
 # A held sample is one integer, length above position: sorted, the last of those that fit is the
 # longest, and of equal ones the oldest, since positions count down.
-BITS = 40
+BITS = 32
 LAST = (1 << BITS) - 1
 DRAWN = 4096  # samples looked up at a time
 
@@ -34,7 +34,7 @@ class StreamPacker(Iterator[np.ndarray]):
         lengths: (N,) integers, input tokens per sample (L - 1 of a sample of L tokens).
         max_tokens: T, the most tokens in a pack.
         window: W, how many samples are held.
-        order: (M,) integers, the ids in stream order; every sample once if None.
+        order: (M,) integers, fewer than 2**32, the ids in stream order; every sample once if None.
         state: of a packer with the same arguments; None starts at the first sample.
 
     Raises:

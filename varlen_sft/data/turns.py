@@ -126,9 +126,8 @@ class Parts:
     def own(self, samples: Sequence[Sample], first: int, last: int) -> tuple[Sample, ...]:
         """The samples of turns [first, last) that train something, to be asked in their order."""
         own = [self._own(sample, first, last) for sample in samples]
-        kept = tuple(sample for sample in own if (sample.token_weights[1:] > 0).any())
-        self._begun = self._begun or bool(kept)
-        return kept
+        self._begun = True
+        return tuple(sample for sample in own if sample.token_weights[1:].any())
 
     def _own(self, part: Sample, first: int, last: int) -> Sample:
         weights = part.token_weights.copy()

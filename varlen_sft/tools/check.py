@@ -24,8 +24,9 @@ from varlen_sft.tools import check_gradients as gradients
 from varlen_sft.tools import check_numbers as numbers
 from varlen_sft.tools.check_finding import Finding, Subject
 from varlen_sft.tools.check_pack import check_pack, check_rope, check_weights
+from varlen_sft.tools.environment import environment
 from varlen_sft.tools.register_machine import register_machine_conversations
-from varlen_sft.tools.step_bench import DTYPES, environment
+from varlen_sft.tools.step_bench import DTYPES
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -18,7 +18,6 @@ from varlen_sft.data.batch import collate
 from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.formats import (
     Conversation,
-    Message,
     read_conversations,
     write_conversations,
 )
@@ -29,12 +28,13 @@ from varlen_sft.errors import InputError
 from varlen_sft.models.config import LlamaConfig
 from varlen_sft.models.llama import LlamaForSFT
 from varlen_sft.tools import demo_show as show
-from varlen_sft.tools.demo_data import answer, hold_out, write_demo_data
-from varlen_sft.tools.demo_generate import generate
+from varlen_sft.tools.demo_data import hold_out, write_demo_data
+from varlen_sft.tools.demo_generate import generate, prompts
 from varlen_sft.tools.demo_model import smollm2_folder
+from varlen_sft.tools.environment import environment
 from varlen_sft.tools.padded_vs_packed import compare
 from varlen_sft.tools.report import picture_pack, write_report
-from varlen_sft.tools.step_bench import DTYPES, environment
+from varlen_sft.tools.step_bench import DTYPES
 from varlen_sft.tools.step_candidates import Load
 from varlen_sft.train.loop import StepRecord, TrainOptions, endless_packs, evaluate, train
 from varlen_sft.train.metrics import JsonLinesLog, LiveLine
@@ -154,8 +154,8 @@ def _data(options: DemoOptions, folder: Path, console: Console) -> _Data:
     packs = _packs(train_samples, options.max_tokens, ids_only=True)
     stats = packing_stats(packs, [len(s) - 1 for s in train_samples], options.max_tokens)
     show.data(console, stats, train_samples, tokenizer.straddles_cut)
-    prompts = _prompts([conversation for _, conversation in read_conversations(validation_file)])
-    return _Data(train_file, train_samples, validation_samples, prompts)
+    asked = prompts([conversation for _, conversation in read_conversations(validation_file)])
+    return _Data(train_file, train_samples, validation_samples, asked)
 
 
 def _files(options: DemoOptions, console: Console) -> tuple[Path, Path]:
@@ -196,21 +196,6 @@ def _tokenize(
 def _packs(samples: Sequence[Sample], max_tokens: int, ids_only: bool = False) -> list[Any]:
     packs = plan_packs([len(sample) - 1 for sample in samples], max_tokens)
     return packs if ids_only else [[samples[i] for i in pack] for pack in packs]
-
-
-def _prompts(held_out: Sequence[Conversation]) -> list[Conversation]:
-    """Two conversations to answer: one that a program can check, if there is one, and one other."""
-    checkable = [c for c in held_out if expected_answer(c.messages[:-1]) is not None]
-    others = [c for c in held_out if expected_answer(c.messages[:-1]) is None]
-    return [*others[:1], *checkable[:1], *others[1:], *checkable[1:]][:2]
-
-
-def expected_answer(messages: Sequence[Message]) -> str | None:
-    """The right answer of a register machine dialogue, None for any other."""
-    try:
-        return answer(messages)
-    except ValueError:
-        return None
 
 
 # -------------------------------------------------------------------- model

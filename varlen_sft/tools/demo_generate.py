@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from varlen_sft.data.formats import Message
+from varlen_sft.data.formats import Conversation, Message
+from varlen_sft.tools.demo_data import answer
 
 __all__ = ["generate"]
 
@@ -50,3 +51,18 @@ def generate(
         )
         progress(done / len(prompts))
     return answers
+
+
+def prompts(held_out: Sequence[Conversation]) -> list[Conversation]:
+    """Two conversations to answer: one that a program can check, if there is one, and one other."""
+    checkable = [c for c in held_out if expected_answer(c.messages[:-1]) is not None]
+    others = [c for c in held_out if expected_answer(c.messages[:-1]) is None]
+    return [*others[:1], *checkable[:1], *others[1:], *checkable[1:]][:2]
+
+
+def expected_answer(messages: Sequence[Message]) -> str | None:
+    """The right answer of a register machine dialogue, None for any other."""
+    try:
+        return answer(messages)
+    except ValueError:
+        return None

@@ -83,19 +83,21 @@ def control_text(subject: Subject) -> Finding:
     user, answer = probe.conversation.messages
     harmless = replace(probe.conversation, messages=(replace(user, content="hello"), answer))
     (expected,) = subject.untagged.encode_rows([harmless], subject.options)
-    if isinstance(probe.outcome, ConversationError) or isinstance(expected, ConversationError):
+    if isinstance(probe.outcome, ConversationError):
         return Finding(name, "note", f"such rows are refused: {probe.outcome}")
-    found, wanted = (_controls(subject, samples) for samples in (probe.outcome, expected))
-    if found != wanted:
-        more = [repr(subject.tokenizer.decode([token])) for token in sorted(found - wanted)]
-        return Finding(name, "fail", f"no: a user who types {listed(more)} writes that token")
+    if isinstance(expected, ConversationError):
+        return Finding(name, "note", f"not to be told: {expected}")
+    found, wanted = _controls(subject, probe.samples), _controls(subject, expected)
+    if changed := (found - wanted) + (wanted - found):
+        told = [repr(subject.tokenizer.decode([token])) for token in sorted(changed)]
+        return Finding(name, "fail", f"no: a user who types {listed(told)} writes that token")
     return Finding(name, "pass", f"yes, as in {quoted(user.content)}")
 
 
 def _controls(subject: Subject, samples: Sequence[Sample]) -> Counter[int]:
     """How often each added token occurs."""
-    ids = np.concatenate([sample.input_ids for sample in samples])
-    return Counter(ids[subject.tokenizer.control.flags[0, ids]].tolist())
+    added = subject.tokenizer.control.flags[0]
+    return Counter(id for sample in samples for id in sample.input_ids.tolist() if added[id])
 
 
 def bos(subject: Subject) -> Finding:

@@ -7,12 +7,8 @@ its own, for its peak memory; ``benchmarks/bench_step.py`` makes the tables.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,7 +20,6 @@ from typing import Any
 
 import torch
 
-from varlen_sft import _extension
 from varlen_sft.errors import RunError
 from varlen_sft.tools.step_candidates import (
     CANDIDATES,
@@ -41,7 +36,7 @@ from varlen_sft.train.memory import keep_freed_memory
 
 __all__ = ["CANDIDATES", "Candidate", "Floor", "HFPacked", "HFPadded", "Load", "Ours"]
 __all__ += ["LossesDisagree", "chat_like_lengths", "chat_like_samples", "check_losses"]
-__all__ += ["environment", "first_losses", "fp32_loss", "interleaved", "peak_memory", "probe"]
+__all__ += ["first_losses", "fp32_loss", "interleaved", "peak_memory", "probe"]
 __all__ += ["summary"]
 
 Progress = Callable[[str], None]
@@ -212,45 +207,6 @@ def _resident(field: str) -> int:
 
 
 # --------------------------------------------------------------- environment
-
-
-def environment() -> dict[str, Any]:
-    """What a table was measured on: versions, processor, threads, commit, date; no paths."""
-    packages = ("varlen-sft", "torch", "transformers", "numpy")
-    return {
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 1),
-        "threads": torch.get_num_threads(),
-        "cpp_extension": _extension.load(),
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _commit() -> str:
-    """Short hash of the checkout, "+" if it was changed since; "" where there is none."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=9"]
-    try:
-        done = subprocess.run([*words, "--dirty=+"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
 
 
 def main(candidates: Mapping[str, type[Candidate]] = CANDIDATES) -> None:

@@ -103,6 +103,12 @@ FACTS: dict[str, Facts] = _STOCK | {
 }
 
 
+def settings_of(name: str) -> list[bool | None]:
+    """Every value of ``enable_thinking`` that a template knows; None leaves it to the template."""
+    facts = FACTS[name]
+    return [None, *([False] if facts.quiet else []), *([True] if facts.loud else [])]
+
+
 @cache
 def sources() -> dict[str, str]:
     """Jinja text by the name of its file; empty where `trl` is not installed."""
