@@ -94,7 +94,6 @@ def main() -> int:
     if not sources():
         raise SystemExit("needs the chat templates in trl: pip install trl")
     from varlen_sft.tools.environment import environment
-    from varlen_sft.tools.step_table import stamp
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     verdicts: dict[str, dict[str, Verdict]] = {}
@@ -105,14 +104,12 @@ def main() -> int:
     console.print(table(verdicts))
     for fault in faults:
         console.print(fault, markup=False)
-    stamped = environment()
-    console.print(stamp(stamped), highlight=False)
     by_template: dict[str, Any] = {
         name: {template: _as_json(v) for template, v in one.items()}
         for name, one in verdicts.items()
     }
     args.json.write_text(
-        json.dumps({"environment": stamped, "pairs": by_template}, indent=1) + "\n"
+        json.dumps({"environment": environment(), "pairs": by_template}, indent=1) + "\n"
     )
     return 1 if faults else 0
 

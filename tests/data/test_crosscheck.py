@@ -61,7 +61,7 @@ def moved(layout: Layout, **by: int) -> Layout:
     [
         ({"start": -1}, r"message 2 disagree: by its marks it begins at character 54: '.nit is"),
         ({"start": 2}, r"begins at character 57: ' is.<.*by prefixes and sentinels at .* 55"),
-        ({"stop_start": 21, "end": 21}, "message 2 disagree: by its marks it ends at character 92.*sentinels at .* 71"),
+        ({"stop_start": 21, "end": 21}, "its marks it ends at character 92.*sentinels at .* 71"),
     ],
 )
 def test_an_answer_in_the_wrong_place_is_seen(tiny_json, monkeypatch, by, reason):

@@ -101,6 +101,12 @@ def test_weights_of_messages_prompts_and_samples(tiny):
     assert dict(trained(tiny, sample))["d<|im_end|>"] == pytest.approx(0.25 / 2.5, rel=1e-6)
 
 
+def test_a_row_without_weights_stays_so(tiny):
+    row = Conversation((Message("user", "a"), Message("assistant", "b", weight=0)))
+    (sample,) = samples(tiny, row, equal_sample_weight=True)
+    assert not sample.token_weights.any()
+
+
 def test_options_are_checked():
     for options, reason in {
         ("supervision_mode", "both"): "supervision_mode must be one of .*, got 'both'",

@@ -31,7 +31,7 @@ from tests.tools.doctor_cases import (
     tiny_json,
     write_folder,
 )
-from varlen_sft.data import chat, layout
+from varlen_sft.data import layout, rows
 from varlen_sft.data.control import ControlTokens
 
 
@@ -206,7 +206,7 @@ def test_a_wrong_place_is_found_by_the_second_way(folder, monkeypatch):
 
 
 def test_a_stop_token_that_is_not_trained(folder, monkeypatch):
-    weigh = chat.weigh
+    weigh = rows.weigh
 
     def silent(*args, **kwargs):
         sample = weigh(*args, **kwargs)
@@ -214,7 +214,7 @@ def test_a_stop_token_that_is_not_trained(folder, monkeypatch):
         sample.token_weights[stops] = 0
         return sample
 
-    monkeypatch.setattr(chat, "weigh", silent)
+    monkeypatch.setattr(rows, "weigh", silent)
     found = asked(folder())
     assert failed(found) == {STOPS}
     assert found[STOPS][1] == "'<|im_end|>' ends answers, and is NOT trained"

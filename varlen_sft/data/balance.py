@@ -8,6 +8,8 @@ packs, sorted again, are dealt, neighbours to one micro-batch, the dearest ones 
 
 from __future__ import annotations
 
+import hashlib
+from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,8 +19,8 @@ from varlen_sft.errors import InputError
 __all__ = ["Balance", "deal", "epoch_steps", "imbalance", "shuffled", "steps_of_window"]
 
 Balance = Literal["window", "step", "none"]
-"""``window``: sorted by cost inside each window of steps; ``step``: only inside each step; ``none``:
-as the packs come."""
+"""``window``: sorted by cost inside each window of steps; ``step``: inside each step only;
+``none``: as the packs come."""
 
 
 def shuffled(count: int, *key: int) -> np.ndarray:
@@ -27,9 +29,11 @@ def shuffled(count: int, *key: int) -> np.ndarray:
     numpy promises the stream of a bit generator, not that of its own shuffling.
 
     Args:
-        key: integers >= 0, such as seed and epoch.
+        key: integers, such as seed and epoch.
     """
-    drawn = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+    named = ",".join(str(int(part)) for part in key)
+    digest = hashlib.blake2b(named.encode(), digest_size=16).digest()  # no two keys share a stream
+    drawn = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
     return np.argsort(drawn, kind="stable")
 
 
@@ -38,7 +42,7 @@ def epoch_steps(
     packs_per_step: int,
     *,
     balance: Balance = "window",
-    window: int = 64,
+    window: int = 256,
     seed: int = 0,
     epoch: int = 0,
 ) -> list[np.ndarray]:
@@ -47,7 +51,8 @@ def epoch_steps(
     Args:
         costs: (P,) of its packs.
         packs_per_step: packs of one step.
-        window: N, steps that are sorted together.
+        window: N, about how many steps are sorted together: all windows of an epoch are even, since
+            a small one has no close neighbours. Some thousand packs are enough.
 
     Returns:
         For each step (packs_per_step,) int64 numbers of packs; the last step has what is left.
@@ -65,9 +70,12 @@ def epoch_steps(
     if len(costs):
         cheapest = costs.argmin()
         order = np.append(order[order != cheapest], cheapest)
+    full = len(costs) // packs_per_step
+    windows = max(1, round(full / window))
+    starts = [full * k // windows * packs_per_step for k in range(windows)]
     steps = []
-    for number, first in enumerate(range(0, len(order), window * packs_per_step)):
-        packs = order[first : first + window * packs_per_step]
+    for number, (first, end) in enumerate(pairwise([*starts, len(costs)])):
+        packs = order[first:end]
         key = (seed, epoch, number)
         steps += [packs[s] for s in steps_of_window(costs[packs], packs_per_step, balance, key)]
     return steps

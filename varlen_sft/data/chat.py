@@ -11,25 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from varlen_sft.data.control import ControlTokens, Spelled
-from varlen_sft.data.conversation import Conversation, ConversationError, Message, Row, Text, Tokens
-from varlen_sft.data.crosscheck import disagreement
+from varlen_sft.data.control import ControlTokens
+from varlen_sft.data.conversation import ConversationError, Message, Row
 from varlen_sft.data.edges import Encoded, TextEncoder
-from varlen_sft.data.layout import Layout, Planner
-from varlen_sft.data.masks import MaskOptions, straddled, weigh
-from varlen_sft.data.normalise import normalised
-from varlen_sft.data.plain import PlainEncoder, tokens_sample
+from varlen_sft.data.layout import Planner
+from varlen_sft.data.masks import MaskOptions
+from varlen_sft.data.rows import Job, RowEncoder, outcome
 from varlen_sft.data.sample import Sample
-from varlen_sft.data.search import AnswerSearch
 from varlen_sft.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,22 +33,6 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _BATCH, _AHEAD = 64, 2  # rows that the tokenizer is given at a time; batches that wait for it
-_KEEP_HISTORY = {
-    "preserve_thinking": True,
-    "keep_past_thinking": True,
-    "clear_thinking": False,
-    "truncate_history_thinking": False,
-}
-"""Variables by which templates are asked to leave earlier thinking in; each knows at most one."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One row to tokenise: of a conversation, its last answer alone if ``only_last``."""
-
-    conversation: Conversation
-    layout: Layout
-    only_last: bool
 
 
 class ChatTokenizer:
@@ -84,9 +64,9 @@ class ChatTokenizer:
         named = {**self.special_tokens, **{stop: stop for stop in template.stop_tokens}}
         self.control = ControlTokens(tokenizer_json, named, self._encoder)
         self.planner = Planner(template, self.control.pattern)
-        self.counts: Counter[str] = Counter()
-        self._search = AnswerSearch(self.planner.turns, self.control, self._encoder.token_bytes)
-        self._plain = PlainEncoder(self.control, self.special_tokens, self.adds_bos())
+        self._rows = RowEncoder(self._encoder, self.control, self.planner, self.adds_bos())
+        self.counts = self._rows.counts
+        self.keep_history = self._rows.keep_history
 
     @classmethod
     def from_folder(
@@ -139,10 +119,10 @@ class ChatTokenizer:
     def encode_many(self, rows: Iterable[Row], options: MaskOptions | None = None) -> list[Sample]:
         """As encode, for many on all of the tokenizer's threads; raises for the first bad one."""
         samples: list[Sample] = []
-        for outcome in self.encode_rows(rows, options):
-            if isinstance(outcome, ConversationError):
-                raise outcome
-            samples += outcome
+        for made in self.encode_rows(rows, options):
+            if isinstance(made, ConversationError):
+                raise made
+            samples += made
         return samples
 
     def encode_rows(
@@ -160,9 +140,11 @@ class ChatTokenizer:
         with ThreadPoolExecutor(1) as pool:
             for start in range(0, len(rows), _BATCH):
                 batch = rows[start : start + _BATCH]
-                jobs = [_outcome(self._jobs, row, options) for row in batch]
+                jobs = [outcome(self._rows.jobs, row, options) for row in batch]
                 texts = [j.layout.text for made in jobs if isinstance(made, list) for j in made]
-                waiting.append((batch, jobs, pool.submit(self._encoder.encode, texts)))
+                # A thread that is never asked for anything is never started.
+                submit = pool.submit if len(rows) > _BATCH else _at_once
+                waiting.append((batch, jobs, submit(self._encoder.encode, texts)))
                 if len(waiting) > _AHEAD:
                     done += self._finished(*waiting.popleft(), options)
             while waiting:
@@ -172,7 +154,7 @@ class ChatTokenizer:
     def _finished(
         self,
         rows: Sequence[Row],
-        jobs: Sequence[list[_Job] | ConversationError],
+        jobs: Sequence[list[Job] | ConversationError],
         tokens: Future[list[Encoded | ConversationError]],
         options: MaskOptions,
     ) -> Iterator[tuple[Sample, ...] | ConversationError]:
@@ -181,7 +163,7 @@ class ChatTokenizer:
             if isinstance(made, ConversationError):
                 yield made
             else:
-                yield _outcome(self._samples, row, made, [next(encoded) for _ in made], options)
+                yield outcome(self._rows.samples, row, made, [next(encoded) for _ in made], options)
 
     def cross_check(
         self, rows: Iterable[Row], options: MaskOptions | None = None
@@ -192,26 +174,7 @@ class ChatTokenizer:
         place, and tokenises the text a second time with its control tokens kept apart. None where
         both ways agree, and for rows that are refused or have no template.
         """
-        return [self._checked(row, options or MaskOptions()) for row in rows]
-
-    def _checked(self, row: Row, options: MaskOptions) -> ConversationError | None:
-        made = _outcome(self._jobs, row, options)
-        for job in made if isinstance(made, list) else ():
-            arguments = self.template, job.conversation, job.layout, self.planner.turns.find_stop
-            if (found := disagreement(*arguments)) is not None:
-                return found
-            (encoded,) = self._encoder.encode([job.layout.text])
-            if isinstance(encoded, ConversationError) or not encoded.in_bytes:
-                continue
-            apart = _outcome(self.control.encode_as_text, job.layout)
-            spelled = any(self.control.spelled(encoded, job.layout))
-            same = isinstance(apart, Encoded) and np.array_equal(apart.ids, encoded.ids)
-            if not spelled and not same:
-                return ConversationError(
-                    "two ways to tokenise disagree: with the control tokens kept apart "
-                    + (str(apart) if isinstance(apart, ConversationError) else "the ids differ")
-                )
-        return None
+        return [self._rows.check(row, options or MaskOptions()) for row in rows]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens included; ValueError for an id it does not have."""
@@ -237,80 +200,9 @@ class ChatTokenizer:
         bos = self.special_tokens.get("bos_token")
         return bool(ids) and bos in self.control.ids and ids[0] == self.control.ids[bos]
 
-    def _jobs(self, row: Row, options: MaskOptions) -> list[_Job]:
-        """What to tokenise for a row; nothing for rows that need no template."""
-        if not isinstance(row, Conversation):
-            return []
-        self.control.check_settings(row)
-        if self._encoder.byte_level:
-            row = normalised(row, self._encoder.tokenizer.normalizer)
-        if options.history == "preserve":
-            row = self.keep_history(row)
-        if options.history != "per_assistant":
-            layout = self.planner.lay_out(row, options.supervision_mode == "last_assistant")
-            if options.history == "preserve" and layout.rewritten:
-                raise ConversationError(
-                    f"history=preserve: the template leaves out the thinking of message "
-                    f"{layout.rewritten[0]} and has no variable that keeps it"
-                )
-            return [_Job(row, layout, False)]
-        ends = [i + 1 for i, m in enumerate(row.messages) if m.role == "assistant"]
-        prefixes = [replace(row, messages=row.messages[:end]) for end in ends]
-        return [
-            _Job(prefix, self.planner.lay_out(prefix, only_last=True), True) for prefix in prefixes
-        ]
 
-    def keep_history(self, row: Conversation) -> Conversation:
-        """The row with the variables by which the template leaves earlier thinking in, if any."""
-        kwargs = {
-            name: value
-            for name, value in _KEEP_HISTORY.items()
-            if name in self.template.variables and name not in row.template_kwargs
-        }
-        return replace(row, template_kwargs={**kwargs, **row.template_kwargs})
-
-    def _samples(
-        self,
-        row: Row,
-        jobs: Sequence[_Job],
-        encoded: Sequence[Encoded | ConversationError],
-        options: MaskOptions,
-    ) -> tuple[Sample, ...]:
-        if isinstance(row, Text):
-            return (self._plain.encode(row, options),)
-        if isinstance(row, Tokens):
-            return (tokens_sample(row, options, self._search),)
-        pairs = zip(jobs, encoded, strict=True)
-        samples = tuple(self._sample(job, tokens, options) for job, tokens in pairs)
-        trained = options.history != "per_assistant"
-        return samples if trained else tuple(s for s in samples if s.token_weights[1:].any())
-
-    def _sample(
-        self, job: _Job, encoded: Encoded | ConversationError, options: MaskOptions
-    ) -> Sample:
-        if isinstance(encoded, ConversationError):
-            raise encoded
-        spelled = list(self.control.spelled(encoded, job.layout))
-        self._refuse(spelled, options)
-        if spelled:
-            encoded = self.control.encode_as_text(job.layout)
-        cuts = straddled(job.layout, encoded)
-        if cuts:
-            encoded = self.control.encode_as_text(job.layout, cuts)
-        sample = weigh(job.conversation, job.layout, encoded, options, self.control, job.only_last)
-        self.counts["straddles_cut"] += len(cuts)
-        self.counts["spelled_control"] += bool(spelled)
-        self.counts["rewritten_turns"] += len(job.layout.rewritten)
-        return sample
-
-    def _refuse(self, spelled: Sequence[Spelled], options: MaskOptions) -> None:
-        for one in spelled:
-            if one.in_answer and options.on_control == "error":
-                raise one.error()
-
-
-def _outcome(step: Callable[..., _T], *arguments: Any) -> _T | ConversationError:
-    try:
-        return step(*arguments)
-    except ConversationError as error:
-        return error
+def _at_once(step: Callable[..., _T], *arguments: Any) -> Future[_T]:
+    """What an executor gives, without one."""
+    future: Future[_T] = Future()
+    future.set_result(step(*arguments))
+    return future

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -82,11 +83,25 @@ class ControlTokens:
                 yield Spelled(numbers[k], text, in_answer)
 
     def check_settings(self, conversation: Conversation) -> None:
-        """Raise ConversationError if tools or template variables spell a control token."""
+        """Raise ConversationError if what is not marked spells a control token.
+
+        That is tools, template variables, other fields of messages, and of tool calls all but the
+        values of their arguments: in a render they cannot be told from the template's own text.
+        """
         for name in ("tools", "template_kwargs"):
             for text in strings_in(getattr(conversation, name) or ()):
                 if found := self._any.search(text):
                     raise ConversationError(f"{name} spell the control token {found.group()!r}")
+        for number, message in enumerate(conversation.messages, 1):
+            if not message.extra and not message.tool_calls:
+                continue
+            unmarked = [*strings_in(message.extra), *_unmarked(message.tool_calls)]
+            pattern = self.pattern if message.role == "assistant" else self._any
+            if found := pattern.search("\n".join(unmarked)):
+                raise ConversationError(
+                    f"a field or an argument's name of message {number} spells the control token "
+                    f"{found.group()!r}"
+                )
 
     def encode_as_text(self, layout: Layout, cuts: Sequence[int] = ()) -> Encoded:
         """The tokens of a render in which only what the template wrote can be control.
@@ -154,6 +169,20 @@ class ControlTokens:
             if self.flags[0, ids].any():
                 raise ConversationError("the tokenizer makes a control token of plain text")
         return found
+
+
+def _unmarked(value: Any, in_arguments: bool = False) -> Iterator[str]:
+    """The strings of tool calls, without the values of arguments."""
+    if isinstance(value, str):
+        if not in_arguments:
+            yield value
+    elif isinstance(value, Mapping):
+        yield from value
+        for key, item in value.items():
+            yield from _unmarked(item, in_arguments or key == "arguments")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _unmarked(item, in_arguments)
 
 
 def _between(

@@ -149,6 +149,8 @@ class StreamPacker(Iterator[np.ndarray]):
 
     def _check(self, state: Mapping[str, Any]) -> None:
         """A state must be one that a packer of these arguments can be in."""
+        if missing := {"max_tokens", "cursor", "window"} - state.keys():
+            self._refuse(f"lacks {', '.join(sorted(missing))}")
         cursor, window = state["cursor"], state["window"]
         if state["max_tokens"] != self._max_tokens:
             self._refuse(f"is of packs of {state['max_tokens']} tokens, not {self._max_tokens}")

@@ -25,15 +25,17 @@ CHUNK = 1 << 19  # samples at a time: temporary arrays stay in the cache and sma
 class OverlongSample(InputError):
     """A sample is longer than a pack. Nothing is cut here: that is decided before packing.
 
-    Attributes: ``sample`` its id, ``length`` in tokens, ``max_tokens`` of a pack.
+    Attributes: ``sample`` its id, ``length`` in tokens, ``max_tokens`` of a pack; ``count`` samples
+    are too long, and it is the first of them.
     """
 
-    def __init__(self, sample: int, length: int, max_tokens: int) -> None:
+    def __init__(self, sample: int, length: int, max_tokens: int, count: int = 1) -> None:
+        others = f"; {count} samples are longer" if count > 1 else ""
         super().__init__(
             f"sample {sample} has length {length}, must be at most max_tokens "
-            f"(max_tokens = {max_tokens})"
+            f"(max_tokens = {max_tokens}{others})"
         )
-        self.sample, self.length, self.max_tokens = sample, length, max_tokens
+        self.sample, self.length, self.max_tokens, self.count = sample, length, max_tokens, count
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +165,6 @@ def checked_lengths(lengths: np.ndarray | Sequence[int], max_tokens: int) -> np.
         at = int((lengths < 1).argmax())
         raise InputError(f"sample {at} has length {lengths[at]}, must be at least 1")
     if len(lengths) and lengths.max() > max_tokens:
-        at = int((lengths > max_tokens).argmax())
-        raise OverlongSample(at, int(lengths[at]), max_tokens)
+        over = np.flatnonzero(lengths > max_tokens)
+        raise OverlongSample(int(over[0]), int(lengths[over[0]]), max_tokens, len(over))
     return lengths

@@ -7,16 +7,15 @@ made, so whoever makes it makes the same bytes.
 from __future__ import annotations
 
 import json
-import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from varlen_sft.data.files import write_whole
 from varlen_sft.data.sample import Sample
 from varlen_sft.errors import RunError
 
@@ -55,21 +54,6 @@ def write_part(path: Path, header: dict[str, Any], samples: Sequence[Sample]) ->
     facts = {"samples": len(samples), "tokens": int(lengths.sum()), "crc32": zlib.crc32(payload)}
     head = json.dumps({**header, **facts}, sort_keys=True).encode()
     write_whole(path, b"".join((_HEAD.pack(_MAGIC, len(head)), head, payload)))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears whole, on the disk, or not at all; OSError."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        with suppress(OSError):
-            part.unlink()
-        raise
 
 
 def read_header(path: Path) -> dict[str, Any] | None:

@@ -52,8 +52,9 @@ def read_dicts(
 
     Read are, in constant memory: JSON lines and JSON arrays, also inside gzip or zstd; Parquet;
     Arrow IPC files and streams; folders of ``datasets.save_to_disk``; Megatron's ``.bin/.idx``, by
-    its prefix or either file, and with their weights if ``varlen-sft prepare`` made them. YAML of the ChatterBot corpus is read whole. Rows count from 1; those
-    of JSON lines are physical lines. The file is opened at once, before the first row.
+    its prefix or either file, with their weights if `varlen-sft prepare` made them. YAML of the
+    ChatterBot corpus is read whole. Rows count from 1; those of JSON lines are physical lines. The
+    file is opened at once, before the first row.
 
     Args:
         path: file, folder or prefix.

@@ -34,7 +34,7 @@ VERSION = 1
 LAYOUTS = ("sidecar", "tokens+mask")
 MANIFEST = ".manifest.json"
 TOKEN_DTYPE = np.dtype("<i4")
-SIDECARS = {".weights": np.dtype("<f4"), ".roles": np.dtype("u1")}
+SIDECARS: dict[str, np.dtype] = {".weights": np.dtype("<f4"), ".roles": np.dtype("u1")}
 """dtype of an entry, by suffix."""
 
 _BLOCK = 1 << 22

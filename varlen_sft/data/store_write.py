@@ -12,12 +12,12 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from varlen_sft.data.files import HashedFile, sync_folder
 from varlen_sft.data.megatron import HEADER, MAGIC, VERSION
 from varlen_sft.data.sample import Sample
 from varlen_sft.data.store import (
@@ -56,9 +56,10 @@ class StoreWriter:
         self.prefix, self.layout = prefix, layout
         self.samples = self.tokens = self.targets = self._unshifted = 0
         self._folder = folder
-        self._files = {s: _HashedFile(folder / f"new{s}") for s in layout_suffixes(layout)}
-        self._lengths = _HashedFile(folder / "new.lengths")
-        self._rejects: _HashedFile | None = None
+        self._files = {s: HashedFile(folder / f"new{s}") for s in layout_suffixes(layout)}
+        self._lengths = HashedFile(folder / "new.lengths")
+        self._rejects: HashedFile | None = None
+        self._rejected = 0  # lines of it
 
     def add(
         self,
@@ -95,7 +96,8 @@ class StoreWriter:
     def reject(self, line: Mapping[str, Any]) -> None:
         """Append a line to the rejects."""
         if self._rejects is None:
-            self._rejects = _HashedFile(self._folder / f"new{REJECTS}")
+            self._rejects = HashedFile(self._folder / f"new{REJECTS}")
+        self._rejected += 1
         self._rejects.write((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="replace"))
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
@@ -106,14 +108,14 @@ class StoreWriter:
         """
         self._lengths.close()
         self._write_index()
-        for file in (*self._files.values(), *([self._rejects] if self._rejects else [])):
+        for file in self._whole().values():
             file.close()
         whole = {
             **manifest,
             "format": FORMAT,
             "version": STORE_VERSION,
             "layout": self.layout,
-            "rejects": self.prefix.name + REJECTS if self._rejects else None,
+            "rejects": self._rejected,
             "counts": {
                 **manifest.get("counts", {}),
                 "samples": self.samples,
@@ -121,17 +123,20 @@ class StoreWriter:
                 "targets": self.targets,
             },
             "readers": self._readers(),
-            "files": {suffix: file.facts() for suffix, file in self._files.items()},
+            "files": {suffix: file.facts() for suffix, file in self._whole().items()},
         }
-        head = _HashedFile(self._folder / f"new{MANIFEST}")
+        head = HashedFile(self._folder / f"new{MANIFEST}")
         head.write(json.dumps(whole, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n")
         head.close()
         self._move(head)
 
     def discard(self) -> None:
         """Close and remove what finish has not moved."""
-        for file in (*self._files.values(), self._lengths, *filter(None, [self._rejects])):
+        for file in (*self._whole().values(), self._lengths):
             file.discard()
+
+    def _whole(self) -> dict[str, HashedFile]:
+        return self._files if self._rejects is None else {**self._files, REJECTS: self._rejects}
 
     def _readers(self) -> dict[str, dict[str, Any]]:
         """How many targets each kind of reader will train, and which."""
@@ -175,18 +180,18 @@ class StoreWriter:
             stop = min(start + _BLOCK, self.samples + 1)
             file.write(np.arange(start, stop, dtype="<i8").tobytes())
 
-    def _move(self, head: _HashedFile) -> None:
+    def _move(self, head: HashedFile) -> None:
         file_of(self.prefix, MANIFEST).unlink(missing_ok=True)
-        _sync_folder(self.prefix.parent)
-        new = {**self._files, **({REJECTS: self._rejects} if self._rejects else {})}
+        sync_folder(self.prefix.parent)
+        new = self._whole()
         for suffix in (*SIDECARS, REJECTS):
             if suffix not in new:
                 file_of(self.prefix, suffix).unlink(missing_ok=True)
         for suffix, file in new.items():
             os.replace(file.path, file_of(self.prefix, suffix))
-        _sync_folder(self.prefix.parent)
+        sync_folder(self.prefix.parent)
         os.replace(head.path, file_of(self.prefix, MANIFEST))
-        _sync_folder(self.prefix.parent)
+        sync_folder(self.prefix.parent)
         self._lengths.path.unlink()
 
 
@@ -221,35 +226,6 @@ def write_store(
             writer.discard()
 
 
-class _HashedFile:
-    """A file that is written once, front to back, and its sha256."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: BinaryIO = path.open("wb")
-        self._digest = hashlib.sha256()
-        self._bytes = 0
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._bytes += len(data)
-
-    def close(self) -> None:
-        """Write it out to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def discard(self) -> None:
-        with suppress(OSError):  # what is left in its buffer may still not fit on the disk
-            self._file.close()
-        self.path.unlink(missing_ok=True)
-
-    def facts(self) -> dict[str, Any]:
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
-
-
 def _with_mask(lengths: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Of each sample its tokens, then 1 for each that is a target."""
     bad = (weights != 0) & (weights != 1)
@@ -265,11 +241,3 @@ def _with_mask(lengths: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.
         for half in (ids, weights.astype(TOKEN_DTYPE))
     ]
     return np.concatenate(pieces) if pieces else ids
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

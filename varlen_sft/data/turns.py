@@ -68,10 +68,10 @@ class Turns:
         """
         spoken = np.append(whole.roles == _ASSISTANT, False).astype(np.int8)
         ends = (np.diff(spoken) < 0).nonzero()[0] + 1
-        answers = [m.role == "assistant" for m in self.conversation.messages]
-        if len(ends) != sum(answers):
+        answers = np.cumsum([m.role == "assistant" for m in self.conversation.messages])
+        if len(ends) != answers[-1]:
             return None
-        return [int(ends[sum(answers[:edge]) - 1]) for edge in self.edges[1:]]
+        return [int(ends[answers[edge - 1] - 1]) for edge in self.edges[1:]]
 
     def plan(self, whole: Sample, limit: int) -> list[tuple[int, int]]:
         """A first guess of parts [first, last) of at most ``limit`` tokens, from one encode."""

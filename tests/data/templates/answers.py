@@ -136,6 +136,7 @@ def _glm(facts: Facts, turn: Turn) -> Answer:
         answer = Answer("<|assistant|>\n<think>", f"{thought.strip()}</think>{rest}")
     else:
         answer = Answer("<|assistant|>\n<think></think>", rest)
+        answer.refuse_if(thought.strip() and not content + calls, UNPLACED)  # not a word is left
     return answer.refuse_if(not stop, NO_STOP)
 
 

@@ -193,6 +193,13 @@ def own(facts: Facts) -> dict[str, Conversation]:
             user("Rain?"), calling(call("weather", {"city": f"B{stop}"})), result("sun"),
             answer("No."),
         ),
+        "an argument's name spells its stop token": talk(
+            user("Rain?"), calling(call("weather", {"in": {f"B{stop}": 1}})), result("sun"),
+            answer("No."),
+        ),
+        "a tool's name spells a control token": talk(
+            user("Rain?"), calling(_SUNNY), result("sun", name=f"weather{stop}"), answer("No."),
+        ),
     }  # fmt: skip
 
 

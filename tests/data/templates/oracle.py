@@ -7,7 +7,7 @@ with its prompt is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tests.data.templates.answers import SHAPES
 from tests.data.templates.calls import CannotWrite
@@ -77,8 +77,6 @@ def expected(
             continue
         prompt = _prompt(facts, turn, thinking)
         reasons |= answer.reasons
-        if _unplaced(facts, turn, answer):
-            reasons.add(UNPLACED)
         # DiffusionGemma goes on without a header after a tool, but writes one into its history.
         header = turn.after == "tool" and facts.style == "diffusion_gemma"
         if header or not answer.own.startswith(prompt):
@@ -98,14 +96,32 @@ def _of_the_row(facts: Facts, conversation: Conversation, last_only: bool) -> It
         yield RAISES
     control = {*facts.control, *facts.stops}
     for message in conversation.messages:
+        texts = list(_names(message))
         if message.role == "assistant":
-            trained = message is conversation.messages[-1] or not last_only
-            texts = [message.content, message.reasoning_content or ""]
-            texts += strings_in([call["function"] for call in message.tool_calls])
-            if trained and any(token in text for token in control for text in texts):
-                yield SPELLED
+            if message is conversation.messages[-1] or not last_only:
+                texts += [message.content, message.reasoning_content or ""]
+                texts += strings_in([call["function"] for call in message.tool_calls])
             if facts.calls == "python" and _lists_strings(message):
                 yield UNPLACED  # written by Python's repr, which escapes marks
+        if any(token in text for token in control for text in texts):
+            yield SPELLED
+
+
+def _names(message: Message) -> Iterator[str]:
+    """What templates write of a message besides its words."""
+    yield from strings_in(message.extra)
+    for call in message.tool_calls:
+        yield call["function"]["name"]
+        yield from _keys(call["function"]["arguments"])
+
+
+def _keys(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _keys(item)
 
 
 def _lists_strings(message: Message) -> bool:
@@ -121,17 +137,6 @@ def _prompt(facts: Facts, turn: Turn, thinking: bool | None) -> str:
         return "<|channel>thought\n" if thinking and facts.loud else ""
     prompt = {None: facts.prompt, False: facts.quiet, True: facts.loud}[thinking]
     return facts.prompt if prompt is None else prompt
-
-
-def _unplaced(facts: Facts, turn: Turn, answer: Answer) -> bool:
-    """An earlier answer without a word, which the template would write otherwise as the last."""
-    thought = turn.thought.strip()
-    if turn.last or turn.message.content.strip() or turn.calls:
-        return False
-    if thought and thought in answer.rest:
-        return False
-    alone = replace(turn, last=True, recent=True, before="", final_later=False)
-    return SHAPES[facts.style](facts, alone).text != answer.text
 
 
 def _drops_a_thought(turn: Turn, answer: Answer) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from unicodedata import normalize
+from unittest.mock import patch
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from tests.data.templates.oracle import Expected, expected
 from tests.data.templates.templates import FACTS, sources
 from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.conversation import Conversation, ConversationError
-from varlen_sft.data.layout import Planner
 from varlen_sft.data.masks import MaskOptions
 from varlen_sft.data.sample import Sample
 from varlen_sft.data.template import ChatTemplate
@@ -76,12 +75,9 @@ def chat_tokenizer(tokenizer_json: str, name: str) -> ChatTokenizer:
 
 def with_template(chat: ChatTokenizer, name: str) -> ChatTokenizer:
     """The same tokenizer with another template: reading a large one takes seconds."""
-    other = copy.copy(chat)
-    other.template = chat_template(name)
-    other.special_tokens = FACTS[name].variables
-    other.planner = Planner(other.template, chat.control.pattern)
-    other.counts = Counter()
-    return other
+    known = {"TextEncoder": lambda _: chat._encoder, "ControlTokens": lambda *_: chat.control}
+    with patch.multiple("varlen_sft.data.chat", **known):
+        return chat_tokenizer(chat._tokenizer_json, name)
 
 
 def trained(chat: ChatTokenizer, sample: Sample) -> list[str]:

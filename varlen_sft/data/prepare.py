@@ -1,0 +1,248 @@
+"""From sources to a prepared set, in parallel, and from where it was left off.
+
+Input rows are cut into chunks of a fixed number; a worker makes a part of each (``prepare_parts``)
+in ``PREFIX.parts``; the parts, in order, are the set (``store_write``). Whatever was killed when,
+and however many worked, the parts are the same, and so is the set.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from varlen_sft.data.files import write_whole
+from varlen_sft.data.load import OnError
+from varlen_sft.data.prepare_chunks import make_parts
+from varlen_sft.data.prepare_parts import part_numbers, part_path, read_header, read_part
+from varlen_sft.data.prepare_plan import Plan, PrepareOptions, differences, make_plan
+from varlen_sft.data.store import MANIFEST, Store, file_of, is_prepared, read_manifest
+from varlen_sft.data.store_write import StoreWriter
+from varlen_sft.errors import InputError, RunError
+
+__all__ = ["PrepareOptions", "Prepared", "Progress", "merge", "prepare"]
+
+Progress = Callable[[Literal["hash", "rows", "write"], int, int | None], None]
+"""Told what is being done, how much of it is done and how much there is, if that is known: bytes of
+the inputs that are hashed, rows that are tokenised, chunks that are written."""
+
+PARTS = ".parts"
+_PLAN, _TOTAL = "plan.json", "total.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run came to.
+
+    Args:
+        state: ``made``; ``there`` if the same was there already; ``shard`` if parts were made.
+        fingerprint: of the set.
+        manifest: of the set, None for a shard.
+        chunks: how many this run had to do with, and of those the ones that were left to be made.
+    """
+
+    state: Literal["made", "there", "shard"]
+    fingerprint: str
+    manifest: dict[str, Any] | None
+    chunks: tuple[int, int] = (0, 0)
+
+
+def prepare(options: PrepareOptions, progress: Progress = lambda *_: None) -> Prepared:
+    """Tokenise and mask rows in parallel and write a prepared set, or the parts of one shard.
+
+    What an earlier run of the same left unfinished is gone on with.
+
+    Raises:
+        InputError: an input, model or row cannot be used (with on_error ``error`` the first such
+            row); there are no samples; a set, or parts, of another fingerprint are in the way.
+        RunError: a worker died, the disk is full, or an input was changed meanwhile. The parts that
+            are finished stay; a set that was there stays as it was.
+    """
+    plan = make_plan(options, lambda done, total: progress("hash", done, total))
+    out, folder = options.out, file_of(options.out, PARTS)
+    there = _in_the_way(out, plan, options.force)
+    if there is not None:
+        return there
+    _open_parts(folder, plan, options.force)
+    try:
+        counted = make_parts(options, plan, folder, lambda done: progress("rows", done, plan.rows))
+    except InputError:
+        if next(part_numbers(folder), None) is None:  # nothing to go on from
+            shutil.rmtree(folder)
+        raise
+    if options.shard is not None:
+        _write(folder / _TOTAL, {"chunks": counted.chunks})
+        return Prepared("shard", plan.fingerprint, None, (counted.own, counted.made))
+    parts = [part_path(folder, chunk) for chunk in range(counted.chunks)]
+    manifest = _assemble(out, folder, plan, parts, progress)
+    return Prepared("made", plan.fingerprint, manifest, (counted.own, counted.made))
+
+
+def merge(
+    out: Path,
+    folders: Sequence[Path] = (),
+    *,
+    on_error: OnError = "error",
+    force: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Prepared:
+    """Put the parts of all shards together: the bytes that one process would have written.
+
+    Args:
+        out: prefix of the set.
+        folders: where the parts lie; ``PREFIX.parts`` by default.
+        on_error: ``error`` refuses parts that left out rows which cannot be used.
+
+    Raises:
+        InputError: parts are missing, or of several fingerprints; and as prepare.
+        RunError: as prepare.
+    """
+    own = file_of(out, PARTS)
+    folders = list(folders) or [own]
+    plans = [_read_plan(folder) for folder in folders]
+    plan = plans[0]
+    for folder, other in zip(folders, plans, strict=True):
+        if (other.fingerprint, other.chunk_rows) != (plan.fingerprint, plan.chunk_rows):
+            raise InputError(
+                f"is of another fingerprint than {folders[0]}, which differs in "
+                f"{differences(other.content, plan.content)}",
+                file=folder,
+            )
+    there = _in_the_way(out, plan, force)
+    if there is not None:
+        return there
+    parts = _gather(folders)
+    for path in parts:
+        header = read_header(path)
+        if on_error == "error" and header and header["counts"]["rejected"]:
+            row, reason = header["left_out"][0]
+            raise InputError(reason, file=plan.names[header["source"]], row=row)
+    own.mkdir(parents=True, exist_ok=True)
+    manifest = _assemble(out, own, plan, parts, progress)
+    return Prepared("made", plan.fingerprint, manifest, (len(parts), 0))
+
+
+def _assemble(
+    out: Path, folder: Path, plan: Plan, parts: Sequence[Path], progress: Progress
+) -> dict[str, Any]:
+    """Write the set of all parts, then remove them."""
+    counts, rows = Counter[str](), Counter[int]()
+    for stale in folder.glob("new-*"):
+        shutil.rmtree(stale)
+    try:
+        with tempfile.TemporaryDirectory(prefix="new-", dir=folder) as scratch:
+            layout = plan.content["settings"]["layout"]
+            writer = StoreWriter(out, Path(scratch), layout)
+            try:
+                for done, path in enumerate(parts, 1):
+                    header, arrays = read_part(path)
+                    writer.add(*arrays)
+                    name = plan.names[header["source"]]
+                    for row, reason in header["left_out"]:
+                        writer.reject({"file": name, "row": row, "reason": reason})
+                    counts.update(header["counts"])
+                    rows[header["source"]] += header["counts"]["rows"]
+                    progress("write", done, len(parts))
+                if writer.samples:
+                    writer.finish(_manifest(plan, counts, rows))
+            finally:
+                writer.discard()
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error}; what was there is untouched") from None
+    if not writer.samples:
+        shutil.rmtree(folder)
+        raise InputError(
+            f"{counts['rows']} rows give no samples ({counts['rejected']} cannot be used), so "
+            "nothing was written",
+            file=", ".join(plan.names),
+        )
+    shutil.rmtree(folder)
+    return read_manifest(out)
+
+
+def _manifest(plan: Plan, counts: Counter[str], rows: Counter[int]) -> dict[str, Any]:
+    inputs = [{"source": name, "rows": rows[place]} for place, name in enumerate(plan.names)]
+    return {
+        "fingerprint": plan.fingerprint,
+        "made_of": plan.content,
+        "inputs": inputs,
+        "counts": dict(counts),
+    }
+
+
+def _in_the_way(out: Path, plan: Plan, force: bool) -> Prepared | None:
+    """The set that is there already, if it is the one that is wanted."""
+    if force or not is_prepared(out):
+        return None
+    manifest = read_manifest(out)
+    if manifest["fingerprint"] != plan.fingerprint:
+        raise InputError(
+            "a set of another fingerprint is in the way (it differs in "
+            f"{differences(manifest.get('made_of') or {}, plan.content)}); --force replaces it",
+            file=file_of(out, MANIFEST),
+        )
+    Store(out)  # raises if it is not whole
+    folder = file_of(out, PARTS)
+    if (folder / _PLAN).is_file() and _read_plan(folder).fingerprint == plan.fingerprint:
+        shutil.rmtree(folder)  # of a run that was killed when all but this was done
+    return Prepared("there", plan.fingerprint, manifest)
+
+
+def _open_parts(folder: Path, plan: Plan, force: bool) -> None:
+    """Take up what an earlier run left, or begin."""
+    if (folder / _PLAN).is_file():
+        old = _read_plan(folder)
+        same = (old.fingerprint, old.chunk_rows) == (plan.fingerprint, plan.chunk_rows)
+        if same and old.names == plan.names:
+            return
+        if not same and not force:
+            raise InputError(
+                "unfinished work of another fingerprint is in the way (it differs in "
+                f"{differences(old.content, plan.content)}); --force removes it",
+                file=folder,
+            )
+        if not same:
+            shutil.rmtree(folder)
+    _write(folder / _PLAN, plan.as_json())
+
+
+def _gather(folders: Sequence[Path]) -> list[Path]:
+    """The parts of all chunks, in order."""
+    totals = [json.loads((f / _TOTAL).read_text()) for f in folders if (f / _TOTAL).is_file()]
+    if not totals:
+        raise InputError("no shard has been finished yet", file=folders[0])
+    found = {number: folder for folder in folders for number in part_numbers(folder)}
+    missing = [number for number in range(totals[0]["chunks"]) if number not in found]
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise InputError(
+            f"{len(missing)} of {totals[0]['chunks']} chunks are missing ({shown}): of n shards, "
+            "chunk k is made by shard k % n + 1",
+            file=folders[0],
+        )
+    return [part_path(found[number], number) for number in range(totals[0]["chunks"])]
+
+
+def _read_plan(folder: Path) -> Plan:
+    path = folder / _PLAN
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Plan(found["content"], tuple(found["names"]), found["chunk_rows"])
+    except FileNotFoundError:
+        raise InputError("no such file: no parts of a prepared set are here", file=path) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"is damaged: {error}", file=path) from None
+
+
+def _write(path: Path, value: object) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+        write_whole(path, text.encode() + b"\n")
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error}") from None
