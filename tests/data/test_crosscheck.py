@@ -59,9 +59,18 @@ def moved(layout: Layout, **by: int) -> Layout:
 @pytest.mark.parametrize(
     ("by", "reason"),
     [
-        ({"start": -1}, r"message 2 disagree: by its marks it begins at character 54: '.nit is"),
-        ({"start": 2}, r"begins at character 57: ' is.<.*by prefixes and sentinels at .* 55"),
-        ({"stop_start": 21, "end": 21}, "its marks it ends at character 92.*sentinels at .* 71"),
+        (
+            {"start": -1},
+            "two ways to find message 2 disagree on where it begins:\n"
+            "  marks                  character 54: '\\nit is.<|im_end|>\\n<|im_start|>'\n"
+            "  prefixes and sentinels character 55: 'it is.<|im_end|>\\n<|im_start|>u'",
+        ),
+        (
+            {"stop_start": 21, "end": 21},
+            "two ways to find message 2 disagree on where it ends:\n"
+            "  marks                  character 92: 't?<|im_end|>\\n<|im_start|>assis'\n"
+            "  prefixes and sentinels character 71: '\\n<|im_start|>user\\nwhat?<|im_en'",
+        ),
     ],
 )
 def test_an_answer_in_the_wrong_place_is_seen(tiny_json, monkeypatch, by, reason):
@@ -69,9 +78,7 @@ def test_an_answer_in_the_wrong_place_is_seen(tiny_json, monkeypatch, by, reason
     right = Planner.lay_out
     monkeypatch.setattr(Planner, "lay_out", lambda *a, **k: moved(right(*a, **k), **by))
     (found,) = tiny.cross_check([talk("hello", "it is.", "what?", "world")])
-    assert found is not None
-    with pytest.raises(type(found), match="(?s)" + reason):
-        raise found
+    assert str(found) == reason
 
 
 def test_tokens_that_change_when_control_is_kept_apart_are_seen(tiny_json, monkeypatch):

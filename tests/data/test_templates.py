@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tests.data.templates import tokenizers
-from tests.data.templates.conversations import conversations, own
+from tests.data.templates.conversations import call, conversations, own, result
 from tests.data.templates.oracle import SPELLED, expected
 from tests.data.templates.prove import Verdict, chat_tokenizer, prove, trained, with_template
 from tests.data.templates.templates import FACTS, settings_of, sources
@@ -106,9 +106,12 @@ def test_the_full_product(base, tokenizer):
     verdict = Verdict()
     for name, facts in FACTS.items():
         chat = with_template(base(tokenizer), name)
+        rows = conversations(facts)
+        slow = {SLOW: rows.pop(SLOW)}
+        composes, once = tokenizer == "qwen", tokenizer == "bytes"
         for thinking in settings_of(name):
-            rows = conversations(facts)
-            found = prove(chat, facts, rows, thinking, composes=tokenizer == "qwen")
+            found = prove(chat, facts, rows, thinking, composes=composes)
+            found.add(prove(chat, facts, slow, thinking, composes=composes, cross_check=once))
             verdict.add(found.of(name))
     assert verdict.faults == []
     print(f"\n{tokenizer}: {verdict}")
@@ -222,6 +225,40 @@ def talks(draw: st.DrawFn, marks_in_answers: bool) -> tuple[str, Conversation]:
 @settings(deadline=None, max_examples=400)
 @given(case=talks(marks_in_answers=False))
 def test_any_conversation_trains_what_the_oracle_says(base, case):
+    name, row = case
+    verdict = prove(_cached(base, name), FACTS[name], {"row": row}, any_reason=True)
+    assert verdict.faults == []
+
+
+_JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=5), st.just("a\n'b\" ")),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@st.composite
+def errands(draw: st.DrawFn) -> tuple[str, Conversation]:
+    """A template that writes tool calls, and a conversation with any."""
+    name = draw(st.sampled_from([name for name, facts in FACTS.items() if facts.calls]))
+    arguments = st.dictionaries(st.text(max_size=4), _JSON, max_size=3)
+    words = st.lists(st.sampled_from(_COMMON), max_size=3).map("".join)
+    messages = [Message("user", draw(words))]
+    for _ in range(draw(st.integers(1, 2))):
+        given = draw(st.lists(arguments, min_size=1, max_size=2))
+        calls = tuple(
+            call(draw(st.sampled_from(["f", "get"])), one, k) for k, one in enumerate(given)
+        )
+        messages.append(Message("assistant", draw(st.one_of(st.just(""), words)), tool_calls=calls))
+        messages += [result(draw(words), "f", k) for k in range(len(calls))]
+    return name, Conversation((*messages, Message("assistant", draw(words))))
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=errands())
+def test_any_tool_calls_train_what_the_oracle_says(base, case):
     name, row = case
     verdict = prove(_cached(base, name), FACTS[name], {"row": row}, any_reason=True)
     assert verdict.faults == []

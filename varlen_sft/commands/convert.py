@@ -16,9 +16,9 @@ token i as a target (not shifted). `varlen-sft prepare` reads it back, tokens an
 bit. With --decode it is the text instead: {"segments": [{"role", "weight", "text"}, ...]}, to read,
 not to train.
 
-PREFIX is a prepared set; or another of Megatron's, and then it says what is trained: pretrain:PREFIX
-is text, sft:PREFIX is tokens followed by a mask. Packed rows of Megatron-Bridge say it themselves,
-and are taken apart.
+PREFIX is a prepared set; or another of Megatron's, and then it says what is trained:
+pretrain:PREFIX is text, sft:PREFIX is tokens followed by a mask. Packed rows of Megatron-Bridge say
+it themselves, and are taken apart.
 """
 EXAMPLES = """\
 examples:

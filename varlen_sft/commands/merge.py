@@ -43,9 +43,7 @@ def add_parser(commands: Any) -> None:
         default="error",
         help="parts that left out rows which cannot be used (default: error)",
     )
-    merge.add_argument(
-        "--force", action="store_true", help="replace a set of another fingerprint"
-    )
+    merge.add_argument("--force", action="store_true", help="replace a set of another fingerprint")
 
 
 def run(args: argparse.Namespace) -> int:

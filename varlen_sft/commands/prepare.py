@@ -120,6 +120,13 @@ def _cross_check(text: str) -> int | str:
     return int(text)
 
 
+def _cores() -> int:
+    """Those that this process may use, which a scheduler may have limited."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def run(args: argparse.Namespace) -> int:
     """Prepare; 0."""
     from varlen_sft.data.prepare_plan import PrepareOptions, vocabulary_size
@@ -131,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         options = PrepareOptions(
             inputs=tuple(args.inputs),
             masks=mask_options(args),
-            workers=args.workers or len(os.sched_getaffinity(0)),
+            workers=args.workers or _cores(),
             mask_token_ids=tuple(args.mask_token_ids or ()),
             vocab_size=vocabulary_size(args.model),
             **{name: getattr(args, name) for name in names},

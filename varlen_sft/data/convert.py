@@ -13,9 +13,7 @@ import numpy as np
 
 from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.conversation import ConversationError, Tokens
-from varlen_sft.data.masks import MaskOptions
 from varlen_sft.data.megatron import prefix_of
-from varlen_sft.data.plain import tokens_sample
 from varlen_sft.data.sample import ROLES, Sample
 from varlen_sft.data.sources import Source, read_rows
 from varlen_sft.data.store import MANIFEST, Store, is_prepared
@@ -78,7 +76,8 @@ def _samples(text: str) -> Iterator[tuple[int, Sample]]:
                 file=str(source),
                 row=number,
             )
-        yield number, tokens_sample(row, MaskOptions())
+        roles = np.where(row.token_weights > 0, ROLES.index("assistant"), 0).astype(np.uint8)
+        yield number, Sample(row.input_ids, row.token_weights, roles)
 
 
 def _tokens(sample: Sample) -> dict[str, Any]:

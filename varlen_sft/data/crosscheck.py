@@ -91,8 +91,9 @@ def _sentinel(message: Message) -> Message:
 
 
 def _both(text: str, answer: Answer, name: str, mine: int, other: int) -> str:
-    shown = "nowhere" if other < 0 else f"at character {other}: {text[other : other + 30]!r}"
-    return (
-        f"two ways to find message {answer.number} disagree: by its marks it {name} at character "
-        f"{mine}: {text[mine : mine + 30]!r}\nby prefixes and sentinels {shown}"
-    )
+    """Both findings, one under the other."""
+    lines = [f"two ways to find message {answer.number} disagree on where it {name}:"]
+    for way, place in (("marks", mine), ("prefixes and sentinels", other)):
+        shown = "nowhere" if place < 0 else f"character {place}: {text[place : place + 30]!r}"
+        lines.append(f"  {way:<22} {shown}")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""``varlen-sft prepare`` and ``merge`` on a screen: progress while it runs, then what came of it."""
+"""``varlen-sft prepare`` and ``merge`` on a screen: progress, then what came of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from varlen_sft.data.load import OnError
-from varlen_sft.data.prepare import PARTS, PrepareOptions, Prepared, Progress, merge, prepare
+from varlen_sft.data.prepare import PARTS, Prepared, PrepareOptions, Progress, merge, prepare
 from varlen_sft.data.store import file_of
 from varlen_sft.data.store_write import REJECTS
 from varlen_sft.errors import InputError
@@ -89,7 +89,7 @@ def progress_on(console: Console) -> Iterator[Progress]:
     if not console.is_terminal:
         yield _Lines(console)
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description:<10}"),
@@ -98,13 +98,15 @@ def progress_on(console: Console) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def progress(stage: str, done: int, total: int | None) -> None:
             if stage not in tasks:
-                for task in tasks.values():
-                    bars.update(task, visible=False)
-                tasks[stage] = bars.add_task(_STAGES[stage], total=total, numbers="")
+                for earlier in tasks.values():
+                    bars.update(earlier, visible=False)
+                tasks[stage] = bars.add_task(
+                    _STAGES[stage], total=total, completed=done, numbers=""
+                )
             task = bars.tasks[tasks[stage]]
             text = _numbers(stage, done, total, task.speed or 0.0)
             bars.update(task.id, completed=done, total=total, numbers=text)
@@ -129,7 +131,9 @@ class _Lines:
             return
         self._said = now
         speed = (done - self._first) / (now - self._started)
-        left = "" if not (total and speed) else f", {max(0, total - done) / speed / 60:.0f} min left"
+        left = (
+            "" if not (total and speed) else f", {max(0, total - done) / speed / 60:.0f} min left"
+        )
         _say(self._console, f"{_STAGES[stage]} {_numbers(stage, done, total, speed)}{left}")
 
 

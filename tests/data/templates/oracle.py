@@ -69,7 +69,7 @@ def expected(
         try:
             answer = SHAPES[facts.style](facts, turn)
         except CannotWrite:
-            return Expected((), frozenset({RAISES}))
+            return Expected((), frozenset(reasons | {RAISES}))
         if keeps_history and _drops_a_thought(turn, answer):
             reasons.add(DROPPED)
         if last_only and not turn.last:
