@@ -138,6 +138,18 @@ def test_template_variables_are_not_mixed_up(make):
         assert supervised(tiny, tiny.encode(row)) == answers(TALK, stop)
 
 
+def test_a_longer_prompt_is_not_taken_for_a_shorter_one_with_an_answer(make):
+    """With ``quiet`` an empty thought is part of the prompt, without it of the answer."""
+    thought = "'\n' + ('<t></t>' if m.role == 'assistant' else '') + m"
+    prompt = "assistant\n' + ('<t></t>' if quiet else '') }}"
+    tiny = make(changed("'\n' + m", thought).replace("assistant\n' }}", prompt))
+    for quiet in (False, True, False, True):
+        row = Conversation(TALK.messages, template_kwargs={"quiet": quiet})
+        lead = "" if quiet else "<t></t>"
+        want = [f"{lead}it is.<|im_end|>", f"{lead}world<|im_end|>"]
+        assert supervised(tiny, tiny.encode(row)) == want
+
+
 def test_a_model_that_sees_images_gets_its_contents_in_parts(make):
     """Such templates loop over parts, and would write each character of a string as nothing."""
     parts = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"

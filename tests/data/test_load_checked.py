@@ -29,7 +29,7 @@ def planted(monkeypatch) -> None:
     monkeypatch.setattr(Planner, "lay_out", wrong)
 
 
-DISAGREE = "cross-check: two ways to find message 2 disagree: "
+DISAGREE = "cross-check: two ways to find message 2 disagree on where it "
 
 
 def test_a_disagreement_is_an_error_with_file_and_row(planted, tmp_path):

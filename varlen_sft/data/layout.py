@@ -182,11 +182,8 @@ def prefix_of(conversation: Conversation, count: int) -> Conversation:
 def _setting(conversation: Conversation) -> tuple[Any, ...]:
     """All but its words that may change what a template writes around an answer."""
     kwargs = conversation.template_kwargs
-    return (
-        json.dumps(kwargs, sort_keys=True, default=repr) if kwargs else "",
-        conversation.tools is None,
-        conversation.messages[0].role,
-    )
+    named = json.dumps(kwargs, sort_keys=True, default=repr) if kwargs else ""
+    return named, conversation.tools is None, conversation.messages[0].role
 
 
 def _unwritten(conversation: Conversation, placed: Placed) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from varlen_sft.data.files import write_whole
 from varlen_sft.data.plan import Bin, Plan, Spread
 from varlen_sft.tools.page import Html, document, section, table, tag
 
@@ -139,7 +140,7 @@ def _bar(value: int, most: int) -> str:
 
 
 def write_plan_page(path: str | os.PathLike[str], plan: Plan, title: str) -> None:
-    """Write the page beside its place, then rename it there.
+    """Write the page, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
@@ -153,14 +154,7 @@ def write_plan_page(path: str | os.PathLike[str], plan: Plan, title: str) -> Non
         section("Lengths before packing", _bars(plan.histogram)),
     ]
     page = document(f"varlen-sft plan: {title}", body, STYLE)
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(page, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(Path(path), page.encode())
 
 
 def _bars(bins: tuple[Bin, ...]) -> Html:
