@@ -55,7 +55,8 @@ def drawn(
 # ------------------------------------------------------------------ candidates
 
 
-def ours(method: str, lengths: np.ndarray, max_tokens: int) -> Callable[[], dict[str, int]]:
+def ours(method: str, lengths: np.ndarray, max_tokens: int) -> Any:
+    """What is timed, and what checks and counts the packs it gives."""
     from varlen_sft.data.packing import pack, packing_stats
 
     def check(packs: Any) -> dict[str, int]:
@@ -133,7 +134,7 @@ def measure(args: argparse.Namespace, name: str, count: int, size: int) -> dict[
 
 
 def measured(args: argparse.Namespace, console: Console, count: int, size: int) -> dict[str, Any]:
-    """Medians of all rounds for each candidate; TRL, whose run takes a minute, in the first ones."""
+    """Medians for each candidate; TRL takes a minute, so it runs in the first rounds only."""
     names = list(CANDIDATES) if count <= args.count else ["planned", "next-fit"]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with console.status("") as status:
@@ -182,9 +183,9 @@ def table(result: dict[str, Any], count: int, size: int) -> Table:
     for column in ("candidate", "s", "from", "to", "samples/s", "MiB", "packs", "fill"):
         shown.add_column(column, justify="left" if column == "candidate" else "right")
     for name, of in result.items():
-        low, high = min(of["all_seconds"]), max(of["all_seconds"])
+        seconds = (of["seconds"], min(of["all_seconds"]), max(of["all_seconds"]))
         shown.add_row(
-            name, *(f"{s:.3f}" for s in (of["seconds"], low, high)), f"{count / of['seconds']:,.0f}",
+            name, *(f"{s:.3f}" for s in seconds), f"{count / of['seconds']:,.0f}",
             f"{of['mib']:,.0f}", f"{of['packs']:,.0f}", f"{of['fill']:.3%}",
         )  # fmt: skip
     shown.caption = "\n".join(goals(result, count))

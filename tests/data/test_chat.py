@@ -400,6 +400,17 @@ def test_another_tokenizer_is_placed_by_its_offsets(tmp_path):
     assert first == " it is.</s>" and second == " \u00e9\U0001f999 is it</s>"
     with pytest.raises(ConversationError, match="only a byte-level BPE can keep control tokens"):
         tiny.encode(talk("</s>", "it is."))
+    lossy = {**state, "model": {**state["model"], "byte_fallback": False, "unk_token": None}}
+    tiny = ChatTokenizer(json.dumps(lossy), ChatTemplate(template, {"eos_token": "</s>"}))
+    with pytest.raises(ConversationError, match="the tokenizer leaves out '\u00e9'"):
+        tiny.encode(talk("hello", "\u00e9 it is."))
+    greedy = [t | {"rstrip": t["content"] == "</s>"} for t in state["added_tokens"]]
+    closed = template.replace("'</s>'", "'</s>\n'")
+    tiny = ChatTokenizer(
+        json.dumps({**state, "added_tokens": greedy}), ChatTemplate(closed, {"eos_token": "</s>"})
+    )
+    with pytest.raises(ConversationError, match="'</s>' of message 2 is not a token of its own"):
+        tiny.encode(talk("hello", "it is."))
 
 
 @settings(max_examples=300, deadline=None)
@@ -436,7 +447,7 @@ def test_hostile_text_is_trained_exactly_or_refused_by_name(smollm2, contents):
 
 
 def test_many_at_once_are_the_same_as_one_by_one(tiny):
-    conversations = [talk("hello", "\n\nit is."), talk("é", "🦙"), talk("what?", "world")]
+    conversations = [talk("hello", "\n\nit is."), talk("é\u08a0€", "🦙"), talk("what?", "world")]
     cut = tiny.straddles_cut
     many = tiny.encode_many(conversations)
     assert tiny.straddles_cut == cut + 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -96,9 +98,14 @@ def test_weights_of_messages_prompts_and_samples(tiny):
     assert weights["\n<|im_start|>user\ne<|im_end|>\n<|im_start|>assistant\n"] == 0.5
     assert weights["f<|im_end|>"] == 1 and weights["d<|im_end|>"] == 0.25
     assert not any("b<|im_end|>" in text for text in weights)
+    (sample,) = samples(tiny, TALK, supervision_mode="last_assistant", prompt_weight=0.5)
+    weights = dict(trained(tiny, sample))
+    assert weights["world<|im_end|>"] == 1 and not any("it is" in text for text in weights)
     (sample,) = samples(tiny, row, equal_sample_weight=True)
     assert sample.token_weights.sum() == pytest.approx(1, abs=1e-6)
     assert dict(trained(tiny, sample))["d<|im_end|>"] == pytest.approx(0.25 / 2.5, rel=1e-6)
+    (sample,) = samples(tiny, TALK, supervision_mode="all", equal_sample_weight=True)
+    assert sample.token_weights[1:].sum() == pytest.approx(1, abs=1e-6)  # the first is no target
 
 
 def test_a_row_without_weights_stays_so(tiny):
@@ -148,6 +155,9 @@ def test_history_is_preserved_where_the_template_can(thinking, tiny_json):
         "<think>one</think>it<|im_end|>",
         "<think>two</think>is<|im_end|>",
     ]
+    never = replace(THOUGHT, template_kwargs={"keep_past_thinking": False})
+    with pytest.raises(ConversationError, match="leaves out the thinking of message 2"):
+        samples(thinking, never, history="preserve")  # what the row says goes before the option
     cannot = with_template(tiny_json, THINKING.replace(" or keep_past_thinking", ""))
     with pytest.raises(ConversationError, match="leaves out the thinking of message 2 and has no"):
         samples(cannot, THOUGHT, history="preserve")
@@ -256,8 +266,10 @@ def test_a_search_that_fails_says_why(tiny, tiny_json):
     ids = tiny.encode(TALK).input_ids
     with pytest.raises(ConversationError, match="no answer: no header '<.im_start.>assistant"):
         searched(tiny, ids[:9])
-    with pytest.raises(ConversationError, match=r"begins at token \d+ has no stop token"):
-        searched(tiny, ids[:-2])
+    stops = (ids == ids[-2]).nonzero()[0]
+    for row in (ids[:-2], np.delete(ids, stops[2])):  # at the end, and before another header
+        with pytest.raises(ConversationError, match=r"begins at token \d+ has no stop token"):
+            searched(tiny, row)
     joint = tiny._encoder.tokenizer.encode("<|im_start|>assistant\n\n\nhello<|im_end|>").ids
     with pytest.raises(ConversationError, match="a token reaches over the end of the header at"):
         searched(tiny, joint)

@@ -133,9 +133,10 @@ def test_bos_is_written_once(tiny_json):
     tokens = {"bos_token": "<|end|>", "eos_token": "<|im_end|>"}
     tiny = with_template(tokenizer.to_str(), "{{ bos_token }}" + CHATML, tokens)
     assert (tiny.encode(talk("a", "b")).input_ids == 0).sum() == 1
-    for text in ("hello", "<|end|>hello"):
-        sample = tiny.encode(Text(text))
+    for text in (Text("hello"), Text("<|end|>hello"), Text("llo", prompt="<|end|>he")):
+        sample = tiny.encode(text)
         assert tiny.decode(sample.input_ids) == "<|end|>hello<|im_end|>"
+        assert (sample.input_ids == 0).nonzero()[0].tolist() == [0]
 
 
 # -- answers

@@ -9,6 +9,7 @@ packs, sorted again, are dealt, neighbours to one micro-batch, the dearest ones 
 from __future__ import annotations
 
 import hashlib
+import math
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -144,10 +145,11 @@ def deal(
     if balance != "none":
         order = np.argsort(-costs, axis=-1, kind="stable")
     idle = np.full((*costs.shape[:-1], packs - found), -1)
-    rounds = np.concatenate([order, idle], axis=-1).reshape(*costs.shape[:-1], -1, ranks)
+    steps, in_cell = costs.shape[:-1], packs // (ranks * accumulate)
+    rounds = np.concatenate([order, idle], axis=-1).reshape(*steps, packs // ranks, ranks)
     if balance != "none":
-        rounds = _even(rounds, costs, packs // (ranks * accumulate))
-    return rounds.reshape(*costs.shape[:-1], accumulate, -1, ranks).swapaxes(-1, -2)
+        rounds = _even(rounds, costs, in_cell)
+    return rounds.reshape(*steps, accumulate, in_cell, ranks).swapaxes(-1, -2)
 
 
 def _even(rounds: np.ndarray, costs: np.ndarray, in_cell: int) -> np.ndarray:
@@ -181,8 +183,8 @@ def imbalance(costs: np.ndarray, cells: np.ndarray) -> np.ndarray:
         costs: (..., n).
         cells: (..., A, R, k), of ``deal``.
     """
-    flat = _cost_of(cells.reshape(*costs.shape[:-1], -1), costs)
-    work = flat.reshape(cells.shape).sum(axis=-1)
+    places = cells.reshape(*cells.shape[:-3], math.prod(cells.shape[-3:]))
+    work = _cost_of(places, costs).reshape(cells.shape).sum(axis=-1)
     mean = work.mean(axis=-1)
     return np.divide(work.max(axis=-1), mean, out=np.ones_like(mean), where=mean > 0)
 

@@ -108,19 +108,14 @@ class Planner:
             )
         lead, stop = self._ending(conversation, placed, i, start)
         stop_start = max(here.last, start) + len(lead)
-        injected = placed.text[start : here.first if here.first >= 0 else stop_start]
-        if header := self.turns.header_in(injected):
-            raise ConversationError(
-                f"the template writes {header!r} before the answer in message {i + 1} and does not "
-                "prompt with it, so it would be trained"
-            )
+        self.turns.check_own_text(placed.text, (start, stop_start), here.owned, i + 1)
         return Answer(i + 1, start, stop_start, stop_start + len(stop), stop)
 
     def _start(self, conversation: Conversation, placed: Placed, i: int) -> int:
         """Where the generation prompt of message i ends."""
         before = placed.places[i - 1]
         if before.last >= 0:
-            key = (_setting(conversation), conversation.messages[i - 1].role, *before.kinds)
+            key = (_setting(conversation), _shape(conversation, i), *before.kinds)
             known = self._prompts.get(key)
             if known is not None and placed.text.startswith(known, before.last):
                 return before.last + len(known)
@@ -184,6 +179,16 @@ def _setting(conversation: Conversation) -> tuple[Any, ...]:
     kwargs = conversation.template_kwargs
     named = json.dumps(kwargs, sort_keys=True, default=repr) if kwargs else ""
     return named, conversation.tools is None, conversation.messages[0].role
+
+
+def _shape(conversation: Conversation, i: int) -> tuple[Any, ...]:
+    """Which messages stand between the last user and message i, and what they are without."""
+    shape: list[Any] = []
+    for message in reversed(conversation.messages[:i]):
+        shape.append((message.role, bool(message.content), len(message.tool_calls)))
+        if message.role == "user":
+            break
+    return tuple(shape)
 
 
 def _unwritten(conversation: Conversation, placed: Placed) -> tuple[int, ...]:

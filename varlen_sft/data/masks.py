@@ -123,9 +123,7 @@ def answer_tokens(layout: Layout, encoded: Encoded, control: ControlTokens) -> n
     start, stop_start, end = encoded.units(places).reshape(-1, 3).T
     first, last = encoded.overlapping(start, end)
     stop = last - 1
-    # The token before the stop token ends before it, too, unless there is none in the answer.
-    before = np.where(stop > first, encoded.ends[stop - 1], stop_start)
-    proven = (encoded.starts[first] >= start) & (before <= stop_start)
+    proven = encoded.starts[first] >= start
     proven &= (encoded.starts[stop] == stop_start) & (encoded.ends[stop] == end)
     proven &= encoded.ids[stop] == [control.ids.get(a.stop, -1) for a in layout.answers]
     if not proven.all():

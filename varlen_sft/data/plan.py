@@ -13,6 +13,7 @@ from varlen_sft.data.balance import Balance, deal, epoch_steps, imbalance
 from varlen_sft.data.costs import Flops, ModelSizes, pack_costs, training_flops
 from varlen_sft.data.overlong import Overlong
 from varlen_sft.data.packing import Method, PackingStats, Packs, pack, packing_stats
+from varlen_sft.data.packs import checked_lengths
 from varlen_sft.data.plan_overlong import OverlongPlan, fit_lengths
 from varlen_sft.errors import InputError
 
@@ -122,7 +123,8 @@ def make_plan(
         InputError: nothing to pack, fewer packs than ranks, arrays of different lengths, a length
             below 1, or ranks x accumulation that do not divide the packs of a step.
     """
-    lengths, supervised = np.asarray(lengths), np.asarray(supervised)
+    supervised = np.asarray(supervised)
+    lengths = checked_lengths(lengths, max_tokens=max(np.max(lengths, initial=1), 1))
     if lengths.shape != supervised.shape:
         raise InputError(
             f"{lengths.shape} lengths and {supervised.shape} supervised counts, one of each needed"

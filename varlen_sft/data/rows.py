@@ -82,7 +82,7 @@ class RowEncoder:
         kwargs = {
             name: value
             for name, value in _KEEP_HISTORY.items()
-            if name in self._planner.template.variables and name not in row.template_kwargs
+            if name in self._planner.template.variables
         }
         return replace(row, template_kwargs={**kwargs, **row.template_kwargs})
 

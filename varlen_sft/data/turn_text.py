@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cached_property
 
 from varlen_sft.data.conversation import ConversationError
@@ -29,6 +30,36 @@ class TurnText:
             return self.header if self.header in injected else ""
         found = self.control.search(injected)
         return found.group() if found else ""
+
+    def check_own_text(
+        self,
+        text: str,
+        span: tuple[int, int],
+        owned: Sequence[tuple[int, int]],
+        number: int,
+    ) -> None:
+        """Raise ConversationError if the template writes into an answer what a model would not.
+
+        Args:
+            text: the render.
+            span: characters of the answer, without its stop token.
+            owned: characters of what the message itself says there, in their order.
+            number: of the message, from 1.
+        """
+        at, own = span[0], []
+        for start, end in (*owned, (span[1], span[1])):
+            own.append(text[at:start])
+            at = max(at, end)
+        if header := self.header_in(own[0]):
+            raise ConversationError(
+                f"the template writes {header!r} before the answer in message {number} and does "
+                "not prompt with it, so it would be trained"
+            )
+        if stop := next((stop for stop in self.stops for piece in own if stop in piece), None):
+            raise ConversationError(
+                f"the template writes the stop token {stop!r} into the answer in message {number}, "
+                "where a model would have stopped"
+            )
 
     @cached_property
     def header(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.data.templates.calls import WRITERS, atem, dumps
+from tests.data.templates.calls import WRITERS, CannotWrite, atem, dumps
 from tests.data.templates.facts import Facts
 from tests.data.templates.turns import NO_STOP, ORDER, UNPLACED, Answer, Turn
 from varlen_sft.data.conversation import Message
@@ -116,7 +116,7 @@ def _deepseek(facts: Facts, turn: Turn) -> Answer:
             begin = "<｜tool▁calls▁begin｜>"
             return Answer("<｜Assistant｜>", content + begin + calls).refuse_if(lost)
         # Neither the answer nor the calls are opened again.
-        return Answer("\n", calls).refuse_if(lost or content)
+        return Answer("\n", calls).refuse_if(lost or content.strip())
     own = "<｜tool▁outputs▁end｜>" if turn.after == "tool" else "<｜Assistant｜>"
     if facts.splits and turn.after != "tool":
         content = content.split("</think>")[-1]
@@ -154,10 +154,13 @@ def _gptoss(facts: Facts, turn: Turn) -> Answer:
     name, arguments = turn.calls[0]["name"], dumps(turn.calls[0]["arguments"])
     to, call = " to=functions.", f"{name}<|channel|>commentary json<|message|>{arguments}<|call|>"
     thought = content or turn.thought
-    lost = len(turn.calls) > 1 or (content and (turn.final_later or turn.thought))
+    lost = len(turn.calls) > 1 or (turn.final_later and content.strip())
+    if content and turn.thought:
+        raise CannotWrite
     if not thought or turn.final_later:
         return Answer(header + to, call).refuse_if(lost)
-    return Answer(analysis, thought + then + to + call).refuse_if(lost)
+    answer = Answer(analysis, thought + then + to + call).refuse_if(lost)
+    return answer.refuse_if(not thought.strip(), UNPLACED)  # a second header
 
 
 def _gemma4(facts: Facts, turn: Turn) -> Answer:
@@ -190,7 +193,7 @@ def _muse(facts: Facts, turn: Turn) -> Answer:
     text = f"<|eom|>{header}".join(parts) + facts.end
     blank = turn.thought and not turn.thought.strip()
     answer = Answer(header, text).refuse_if(blank, UNPLACED)  # a header after it, with no words
-    return answer.refuse_if(turn.calls and turn.message.content)
+    return answer.refuse_if(turn.calls and turn.message.content.strip())
 
 
 SHAPES: dict[str, Callable[[Facts, Turn], Answer]] = {

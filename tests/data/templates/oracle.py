@@ -101,7 +101,7 @@ def _of_the_row(facts: Facts, conversation: Conversation, last_only: bool) -> It
             if message is conversation.messages[-1] or not last_only:
                 texts += [message.content, message.reasoning_content or ""]
                 texts += strings_in([call["function"] for call in message.tool_calls])
-            if facts.calls == "python" and _lists_strings(message):
+            if facts.calls == "python" and _lists_words(message):
                 yield UNPLACED  # written by Python's repr, which escapes marks
         if any(token in text for token in control for text in texts):
             yield SPELLED
@@ -124,10 +124,16 @@ def _keys(value: object) -> Iterator[str]:
             yield from _keys(item)
 
 
-def _lists_strings(message: Message) -> bool:
+def _lists_words(message: Message) -> bool:
     arguments = [call["function"]["arguments"] for call in message.tool_calls]
     values = [v for a in arguments if isinstance(a, dict) for v in a.values()]
-    return any(isinstance(value, list) and any(strings_in(value)) for value in values)
+    return any(isinstance(value, list) and _has_words(value) for value in values)
+
+
+def _has_words(value: object) -> bool:
+    if isinstance(value, (dict, list)):
+        return any(map(_has_words, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _prompt(facts: Facts, turn: Turn, thinking: bool | None) -> str:
