@@ -198,9 +198,7 @@ def balance(args: argparse.Namespace) -> tuple[dict[str, Any], Table]:
     from varlen_sft.data.plan import PlanOptions, make_plan
 
     lengths = drawn(400_000, SIZES[-1], args.seed, 7.2, 1.3)
-    shown = Table(
-        title=f"max / mean cost, {len(lengths):,} heavy-tailed samples in packs of 32,768"
-    )
+    shown = Table(title="most / mean cost of a micro-batch", caption_justify="left")
     for column in ("balance", "mean", "99 % below", "worst", "ranks wait"):
         shown.add_column(column, justify="left" if column == "balance" else "right")
     found = {}

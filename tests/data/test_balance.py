@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from varlen_sft.data.balance import deal, epoch_steps, imbalance, shuffled, steps_of_window
+from varlen_sft.data.balance import (
+    deal,
+    epoch_order,
+    epoch_steps,
+    imbalance,
+    shuffled,
+    steps_of_window,
+)
 from varlen_sft.data.costs import pack_costs
 from varlen_sft.data.packing import pack
 from varlen_sft.errors import InputError
@@ -24,6 +31,14 @@ def test_a_shuffle_depends_on_its_key_alone():
     assert len({tuple(shuffled(50, *key)) for key in keys}) == len(keys)
     assert sorted(shuffled(1000, 5, 6).tolist()) == list(range(1000))
     assert shuffled(10, np.int64(7), np.int32(3), 1).tolist() == SHUFFLED_7_3_1
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    orders = [epoch_order(100, *key).tolist() for key in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert (
+        len({*map(tuple, orders), tuple(shuffled(100, 0, 0)), tuple(shuffled(100, 0, 0, 0))}) == 5
+    )
 
 
 # ------------------------------------------------------------------ to steps
@@ -69,13 +84,22 @@ def test_an_epoch_is_cut_into_even_windows():
     assert spans != sorted(spans)  # and the steps of a window are shuffled
 
 
+def test_the_steps_of_a_window_are_shuffled_by_its_key():
+    steps = steps_of_window(np.arange(20), 2, "window", (4, 5, 6))
+    assert [step.tolist() for step in steps] == [[2 * k, 2 * k + 1] for k in shuffled(10, 4, 5, 6)]
+
+
 def test_epochs_and_seeds_have_other_steps():
-    costs = np.random.default_rng(0).integers(1, 1000, 400)
-    found = [
-        [step.tolist() for step in epoch_steps(costs, 8, seed=seed, epoch=epoch)]
-        for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    ]
-    assert found[0] != found[1] != found[2] != found[0]
+    costs = np.random.default_rng(0).permutation(400)
+    for window in (50, 5):
+        found = [
+            [tuple(step) for step in epoch_steps(costs, 8, window=window, seed=seed, epoch=epoch)]
+            for seed, epoch in ((0, 0), (0, 1), (1, 0))
+        ]
+        assert found[0] != found[1] != found[2] != found[0]
+        # One window of all steps has the same ones in another order; windows of five, others.
+        for a, b in ((0, 1), (0, 2)):
+            assert (set(found[a]) == set(found[b])) == (window == 50)
 
 
 def test_bad_steps_are_refused():
@@ -111,6 +135,12 @@ def test_ranks_that_have_done_more_get_less():
     costs = np.array([100, 90, 51, 50, 11, 10])
     cells = deal(costs, ranks=2, accumulate=3)
     assert costs[cells[..., 0]].tolist() == [[100, 90], [50, 51], [10, 11]]
+
+
+def test_a_micro_batch_is_even_before_the_step_is():
+    costs = np.array([100, 50, 10, 10, 9, 5, 4, 1])
+    cells = deal(costs, ranks=2, accumulate=2)
+    assert costs[cells].tolist() == [[[100, 10], [50, 10]], [[5, 4], [9, 1]]]
 
 
 def test_the_last_step_leaves_ranks_idle():

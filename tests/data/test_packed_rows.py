@@ -26,12 +26,12 @@ def after(token: int) -> int:
 
 
 def test_packed_rows_are_taken_apart(tmp_path):
-    first = pack([5, after(6), after(7), 8], [9, 10, after(11)])
+    first = pack([5, after(6), after(7), after(8)], [9, 10, after(11)])
     prefix = write(tmp_path / "set", [[first], [pack([after(1), 2])]], 4)
     rows = list(read_dicts(prefix))
     assert [(n, row["input_ids"].tolist(), row["loss_mask"].tolist()) for n, row in rows] == [
         (1, [5, 6, 7, 8], [0, 0, 1, 1]),  # the bit of 6 speaks of 7, that of 7 of 8
-        (2, [9, 10, 11], [0, 0, 0]),  # that of 11 would speak of the next sample
+        (2, [9, 10, 11], [0, 0, 0]),  # those of 8 and 11 would speak of the next sample
         (3, [1, 2], [0, 1]),
     ]
     for mode in ("", "sft:"):

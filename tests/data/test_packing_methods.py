@@ -68,6 +68,8 @@ def test_chunks_change_nothing(case):
 def test_order_within_packs_and_among_equals():
     # Longest first; equal lengths by id, into packs in the order they were opened.
     assert tolist(pack([3, 5, 3, 5, 2, 2, 3], 8)) == [[1, 0], [3, 2], [6, 4, 5]]
+    # 3 fits both packs as tightly, and goes to the one that has had this space for longer.
+    assert tolist(pack([17, 13, 4, 3], 20)) == [[0, 3], [1, 2]]
 
 
 def test_more_lengths_than_fit_into_16_bits():

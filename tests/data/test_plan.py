@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from varlen_sft.data.balance import epoch_order
 from varlen_sft.data.costs import ModelSizes
-from varlen_sft.data.packing import OverlongSample
+from varlen_sft.data.packing import OverlongSample, pack
 from varlen_sft.data.plan import Bin, PlanOptions, Spread, histogram, make_plan
 from varlen_sft.data.plan_overlong import OverlongPlan, fit_lengths
 from varlen_sft.errors import InputError
@@ -70,11 +71,11 @@ def test_a_dict_for_json():
     assert found["histogram"][0] == {"low": 2, "high": 3, "samples": 1, "tokens": 2}
 
 
-@pytest.mark.parametrize("epochs", [0.1, 1.0, 3.0, 2.34])
+@pytest.mark.parametrize("epochs", [0.07, 1.0, 3.0, 2.341])
 def test_steps_for_epochs(epochs):
     lengths = np.full(100, 10)
     plan = make_plan(lengths, lengths, PlanOptions(max_tokens=10, epochs=epochs))
-    assert plan.steps_wanted == {0.1: 10, 1.0: 100, 3.0: 300, 2.34: 234}[epochs]
+    assert plan.steps_wanted == {0.07: 7, 1.0: 100, 3.0: 300, 2.341: 235}[epochs]
 
 
 def test_balance_is_told_in_advance():
@@ -89,6 +90,16 @@ def test_balance_is_told_in_advance():
     assert plans["window"].imbalance.mean < 1.01 < 1.3 < plans["none"].imbalance.mean
     assert plans["window"].waiting < 0.01 < 0.2 < plans["none"].waiting
     assert plans["window"].packing == plans["none"].packing
+
+
+def test_samples_are_packed_in_the_order_of_the_first_epoch():
+    """Sorted by length a stream would be packed otherwise than shuffled."""
+    lengths = np.arange(1, 101)
+    options = PlanOptions(max_tokens=100, method="next-fit", seed=4)
+    order = epoch_order(100, 4, 0)
+    by_hand = pack(lengths[order], 100, "next-fit")
+    assert make_plan(lengths, lengths, options).packing.packs == len(by_hand)
+    assert len(by_hand) != len(pack(lengths, 100, "next-fit"))
 
 
 # ------------------------------------------------------------------ over-long
@@ -151,6 +162,11 @@ def test_bad_input_is_named(lengths, options, reason):
 def test_bad_arguments():
     with pytest.raises(InputError, match=r"\(2,\) lengths and \(1,\) supervised counts"):
         make_plan([1, 2], [1], PlanOptions(max_tokens=10))
+    for name in ("max_tokens", "packs_per_step", "ranks", "accumulate", "window", "balance_steps"):
+        with pytest.raises(InputError, match=f"{name} must be at least 1, got 0"):
+            PlanOptions(**{"max_tokens": 10, name: 0})
+    with pytest.raises(TypeError, match="lengths must be integers"):
+        make_plan([1.5], [1], PlanOptions(max_tokens=10))
     for epochs in (0, -1.0, float("inf"), float("nan")):
         with pytest.raises(InputError, match="epochs must be more than 0"):
             PlanOptions(max_tokens=10, epochs=epochs)

@@ -102,6 +102,21 @@ def test_settings_reach_the_workers(tmp_path, model, data):
     assert counts["targets"] == targets == Store(tmp_path / "set").supervised.sum()
 
 
+def test_counts_are_of_all_chunks(tmp_path, model):
+    rows = chats()
+    for i in (1, 8, 9, 30):
+        rows[i]["messages"][0]["content"] += "<|im_end|>"
+    counts = made(tmp_path / "set", model, jsonl(tmp_path / "d.jsonl", rows)).manifest["counts"]
+    assert (counts["spelled_control"], counts["rows"], counts["checked"]) == (4, 40, 1)
+    told = []
+    made(tmp_path / "again", model, tmp_path / "d.jsonl", progress=lambda *a: told.append(a))
+    assert [one for one in told if one[0] == "rows"] == [
+        *(("rows", done, 40) for done in (6, 12, 18, 24, 30, 36, 40)), ("rows", 40, 40)
+    ]  # fmt: skip
+    size = (tmp_path / "d.jsonl").stat().st_size
+    assert told[0] == ("hash", size, size) and told[-1] == ("write", 7, 7)
+
+
 def test_tokens_and_mask(tmp_path, model, data):
     done = made(tmp_path / "set", model, data, layout="tokens+mask")
     samples = expected(model, data)
@@ -110,7 +125,7 @@ def test_tokens_and_mask(tmp_path, model, data):
     halves = [half for s in samples for half in (s.input_ids, s.token_weights)]
     np.testing.assert_array_equal(words, np.concatenate(halves))
     assert done.manifest["readers"]["varlen_sft"]["targets"] == done.manifest["counts"]["targets"]
-    with pytest.raises(InputError, match="holds weights of 0 and 1 only"):
+    with pytest.raises(InputError, match="so neither equal_sample_weight nor such a prompt_weight"):
         made(tmp_path / "no", model, data, layout="tokens+mask", masks=MaskOptions(prompt_weight=2))
     half = jsonl(tmp_path / "half.jsonl", [*chats(2), chat("a", "b", weight=0.5)])
     with pytest.raises(InputError, match=r"half.jsonl, row 3: .* a token weighs 0.5: take"):
@@ -139,6 +154,19 @@ def test_a_rerun_says_so_and_another_fingerprint_is_refused(tmp_path, model, dat
     os.truncate(f"{out}.roles", 3)
     with pytest.raises(InputError, match=r"set.roles: must have"):  # and not: it is there already
         made(out, model, data, max_tokens=30, overlong="drop")
+
+
+def test_files_of_others_are_not_overwritten(tmp_path, model, data):
+    write(tmp_path / "set", [[[1, 2]]])
+    before = contents(tmp_path / "set")
+    made(tmp_path / "set", model, data, shard=(1, 1), force=True)
+    os.rename(tmp_path / "set.parts", tmp_path / "host.parts")
+    for attempt in (made, lambda out, *_: merge(out, [tmp_path / "host.parts"])):
+        with pytest.raises(InputError, match=r"set.bin: a file without a manifest is in the way"):
+            attempt(tmp_path / "set", model, data)
+    assert contents(tmp_path / "set") == before
+    merge(tmp_path / "set", [tmp_path / "host.parts"], force=True)
+    assert_holds(tmp_path / "set", expected(model, data))
 
 
 def test_a_moved_input_is_the_same_input(tmp_path, model, data):

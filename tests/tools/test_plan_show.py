@@ -81,7 +81,7 @@ def test_the_screen(plan):
     assert lines[0] == "data/chats"
     assert "over-long            1 of 30 tokens, the longest 30: dropped" in lines
     at = lines.index("lengths before packing") + 1
-    assert lines[at] == "  2 to 2  1 samples   3.2% of tokens  " + "\u2588" * 20
+    assert lines[at] == "  2 to 2  1 samples   3.2% of tokens  " + "\u2588" * 13 + "\u258d"
     assert len(lines) == at + len(plan.histogram)
 
 

@@ -17,7 +17,15 @@ import numpy as np
 
 from varlen_sft.errors import InputError
 
-__all__ = ["Balance", "deal", "epoch_steps", "imbalance", "shuffled", "steps_of_window"]
+__all__ = [
+    "Balance",
+    "deal",
+    "epoch_order",
+    "epoch_steps",
+    "imbalance",
+    "shuffled",
+    "steps_of_window",
+]
 
 Balance = Literal["window", "step", "none"]
 """``window``: sorted by cost inside each window of steps; ``step``: inside each step only;
@@ -36,6 +44,11 @@ def shuffled(count: int, *key: int) -> np.ndarray:
     digest = hashlib.blake2b(named.encode(), digest_size=16).digest()  # no two keys share a stream
     drawn = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
     return np.argsort(drawn, kind="stable")
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """(count,) int64: the order in which an epoch's samples are packed."""
+    return shuffled(count, seed, epoch, 0, 0)  # keys of packs and steps have two and three numbers
 
 
 def epoch_steps(

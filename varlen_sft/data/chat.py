@@ -62,7 +62,7 @@ class ChatTokenizer:
         self.special_tokens = dict(template.special_tokens)
         # What a model stops at is control, also where its tokenizer does not hold it as special.
         named = {**self.special_tokens, **{stop: stop for stop in template.stop_tokens}}
-        self.control = ControlTokens(tokenizer_json, named, self._encoder)
+        self.control = ControlTokens(named, self._encoder)
         self.planner = Planner(template, self.control.pattern)
         self._rows = RowEncoder(self._encoder, self.control, self.planner, self.adds_bos())
         self.counts = self._rows.counts

@@ -7,17 +7,19 @@ markers of thinking and tool calls, stay tokens: a model writes them itself.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from varlen_sft.data.conversation import Conversation, ConversationError, strings_in
-from varlen_sft.data.edges import Encoded, TextEncoder
+from varlen_sft.data.edges import Encoded, TextEncoder, without_added_tokens
 from varlen_sft.data.layout import Layout
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,7 @@ class ControlTokens:
         pattern: finds special ones, the longest first.
     """
 
-    def __init__(
-        self, tokenizer_json: str, special_tokens: Mapping[str, str], encoder: TextEncoder
-    ) -> None:
+    def __init__(self, special_tokens: Mapping[str, str], encoder: TextEncoder) -> None:
         added = encoder.tokenizer.get_added_tokens_decoder()
         self._encoder = encoder
         self.ids = {token.content: id for id, token in added.items()}
@@ -60,8 +60,7 @@ class ControlTokens:
         self.flags[0, list(self.ids.values())] = True
         self.flags[1, [self.ids[text] for text in self.special]] = True
         self._texts = {id: text for text, id in self.ids.items()}
-        self._state = json.loads(tokenizer_json)
-        self._without: TextEncoder | None = None
+        self._without: Tokenizer | None = None
 
     def spelled(self, encoded: Encoded, layout: Layout) -> Iterator[Spelled]:
         """Control tokens that have a character of what the data wrote."""
@@ -162,8 +161,8 @@ class ControlTokens:
     def _plain_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids from a clone of the tokenizer that knows no added token."""
         if self._without is None:
-            self._without = TextEncoder(json.dumps(self._state | {"added_tokens": []}))
-        encodings = self._without.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            self._without = without_added_tokens(self._encoder.tokenizer)
+        encodings = self._without.encode_batch_fast(list(texts), add_special_tokens=False)
         found = [encoding.ids for encoding in encodings]
         for ids in found:
             if self.flags[0, ids].any():

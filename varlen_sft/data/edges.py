@@ -7,7 +7,6 @@ tokenizers tell offsets in characters, which may overlap there.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,13 +58,12 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer_json: str) -> None:
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer, decoders
 
         self.tokenizer: Tokenizer = Tokenizer.from_str(tokenizer_json)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        state = json.loads(tokenizer_json)
-        self.byte_level = (state["decoder"] or {}).get("type") == "ByteLevel"
+        self.byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
         self.token_bytes = token_bytes(self.tokenizer) if self.byte_level else []
         self._sizes = np.array([len(token) for token in self.token_bytes], dtype=np.int64)
 
@@ -107,6 +105,17 @@ class TextEncoder:
         if (np.diff(starts) < 0).any() or (np.diff(ends) < 0).any():
             return ConversationError("the tokenizer's offsets do not rise")
         return Encoded(text, ids, starts, ends, False)
+
+
+def without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer of the same model, which it shares, that takes added tokens for text."""
+    from tokenizers import Tokenizer
+
+    clone = Tokenizer(tokenizer.model)
+    for name in ("normalizer", "pre_tokenizer"):
+        if (part := getattr(tokenizer, name)) is not None:
+            setattr(clone, name, part)
+    return clone
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:

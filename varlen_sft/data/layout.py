@@ -9,7 +9,6 @@ does not match is asked for by itself, and refused if it still does not.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from varlen_sft.data.conversation import Conversation, ConversationError
 from varlen_sft.data.marks import Placed, common_prefix, place
 from varlen_sft.data.sample import ROLES
 from varlen_sft.data.template import ChatTemplate
-from varlen_sft.data.turn_text import TurnText
+from varlen_sft.data.turn_text import TurnText, setting_of, shape_before
 
 __all__ = ["Answer", "Layout", "Planner", "prefix_of"]
 
@@ -115,7 +114,7 @@ class Planner:
         """Where the generation prompt of message i ends."""
         before = placed.places[i - 1]
         if before.last >= 0:
-            key = (_setting(conversation), _shape(conversation, i), *before.kinds)
+            key = (setting_of(conversation), shape_before(conversation, i), *before.kinds)
             known = self._prompts.get(key)
             if known is not None and placed.text.startswith(known, before.last):
                 return before.last + len(known)
@@ -139,7 +138,7 @@ class Planner:
         """What the template writes between answer i and its stop token, and that token."""
         here = placed.places[i]
         at = max(here.last, start)
-        key = (_setting(conversation), *here.kinds[-1:])
+        key = (setting_of(conversation), *here.kinds[-1:])
         known = self._endings.get(key)
         if here.last >= 0 and known and placed.text.startswith("".join(known), at):
             return known
@@ -172,23 +171,6 @@ def prefix_of(conversation: Conversation, count: int) -> Conversation:
         object.__setattr__(prefix, name, getattr(conversation, name))
     object.__setattr__(prefix, "messages", conversation.messages[:count])
     return prefix
-
-
-def _setting(conversation: Conversation) -> tuple[Any, ...]:
-    """All but its words that may change what a template writes around an answer."""
-    kwargs = conversation.template_kwargs
-    named = json.dumps(kwargs, sort_keys=True, default=repr) if kwargs else ""
-    return named, conversation.tools is None, conversation.messages[0].role
-
-
-def _shape(conversation: Conversation, i: int) -> tuple[Any, ...]:
-    """Which messages stand between the last user and message i, and what they are without."""
-    shape: list[Any] = []
-    for message in reversed(conversation.messages[:i]):
-        shape.append((message.role, bool(message.content), len(message.tool_calls)))
-        if message.role == "user":
-            break
-    return tuple(shape)
 
 
 def _unwritten(conversation: Conversation, placed: Placed) -> tuple[int, ...]:

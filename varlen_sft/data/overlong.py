@@ -127,5 +127,6 @@ def _run(
                 found[i] = end.value
         parts = iter(tokenizer.encode_rows([p for all in asked.values() for p in all], options))
         told = {i: [next(parts) for _ in wanted] for i, wanted in asked.items()}
-    tokenizer.counts = counts
+    tokenizer.counts.clear()  # in place: it is shared with what counts
+    tokenizer.counts.update(counts)
     return found

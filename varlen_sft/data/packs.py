@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -75,8 +76,7 @@ class Packs(Sequence[np.ndarray]):
         """
         out = np.empty(len(self), dtype=np.int64)
         edges = np.searchsorted(self.starts, np.arange(CHUNK, len(self.ids), CHUNK))
-        edges = np.unique([0, *edges, len(self)])
-        for a, b in zip(edges[:-1], edges[1:], strict=True):  # whole packs, some CHUNK samples
+        for a, b in pairwise([0, *edges, len(self)]):  # whole packs, of some CHUNK samples
             first = self.starts[a]
             drawn = values[self.ids[first : self.starts[b]]].astype(np.int64) ** power
             out[a:b] = np.add.reduceat(drawn, self.starts[a:b] - first)

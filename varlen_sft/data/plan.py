@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from varlen_sft.data.balance import Balance, deal, epoch_steps, imbalance
+from varlen_sft.data.balance import Balance, deal, epoch_order, epoch_steps, imbalance
 from varlen_sft.data.costs import Flops, ModelSizes, pack_costs, training_flops
 from varlen_sft.data.overlong import Overlong
 from varlen_sft.data.packing import Method, PackingStats, Packs, pack, packing_stats
@@ -41,12 +41,19 @@ class PlanOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        counts = ("max_tokens", "packs_per_step", "ranks", "accumulate", "window", "balance_steps")
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
         if not 0 < self.epochs < math.inf:
             raise InputError(f"epochs must be more than 0, got {self.epochs}")
 
     @property
     def step_packs(self) -> int:
-        return self.packs_per_step or self.ranks * self.accumulate
+        if self.packs_per_step is None:
+            return self.ranks * self.accumulate
+        return self.packs_per_step
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ def make_plan(
     options: PlanOptions,
     sizes: ModelSizes | None = None,
 ) -> Plan:
-    """Plan one epoch.
+    """Plan the first epoch; the others are packed in another order.
 
     Args:
         lengths: (N,) integers, input tokens per sample (L - 1 of a sample of L tokens).
@@ -133,7 +140,9 @@ def make_plan(
     lengths, supervised, overlong = fit_lengths(
         lengths, supervised, options.max_tokens, options.overlong
     )
-    packs = pack(lengths, options.max_tokens, options.method, window=options.window)
+    order = epoch_order(len(lengths), options.seed, epoch=0)
+    packs = pack(lengths[order], options.max_tokens, options.method, window=options.window)
+    packs = packs.relabelled(order)
     if not len(packs):
         raise InputError(f"no sample to pack ({overlong.samples} were too long)")
     if len(packs) < options.ranks:
@@ -156,7 +165,7 @@ def make_plan(
         imbalance=uneven,
         waiting=waiting,
         cost_a=None if sizes is None else sizes.a,
-        flops=None if sizes is None else _flops(packs, lengths, labels, sizes),
+        flops=None if sizes is None else _flops(lengths, labels, sizes),
         steps_wanted=math.ceil(round(options.epochs * len(steps), 6)),
         histogram=bins,
     )
@@ -207,7 +216,7 @@ def _per_step(packs: Packs, values: np.ndarray, steps: list[np.ndarray]) -> Spre
     return Spread.of(np.add.reduceat(sums, np.arange(0, len(sums), len(steps[0]))))
 
 
-def _flops(packs: Packs, lengths: np.ndarray, supervised: int, sizes: ModelSizes) -> Flops:
+def _flops(lengths: np.ndarray, supervised: int, sizes: ModelSizes) -> Flops:
     tokens = int(lengths.sum(dtype=np.int64))
-    squares = int(packs.sums(lengths, power=2).sum())
+    squares = int(np.square(lengths, dtype=np.int64).sum())
     return training_flops(sizes, tokens, squares, supervised)

@@ -7,7 +7,6 @@ and however many worked, the parts are the same, and so is the set.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections import Counter
@@ -16,12 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from varlen_sft.data.files import write_whole
 from varlen_sft.data.load import OnError
 from varlen_sft.data.prepare_chunks import make_parts
+from varlen_sft.data.prepare_folder import (
+    PARTS,
+    gather,
+    is_of,
+    open_parts,
+    read_plan,
+    write_total,
+)
 from varlen_sft.data.prepare_parts import part_numbers, part_path, read_header, read_part
 from varlen_sft.data.prepare_plan import Plan, PrepareOptions, differences, make_plan
-from varlen_sft.data.store import MANIFEST, Store, file_of, is_prepared, read_manifest
+from varlen_sft.data.store import (
+    LAYOUTS,
+    MANIFEST,
+    Store,
+    file_of,
+    is_prepared,
+    layout_suffixes,
+    read_manifest,
+)
 from varlen_sft.data.store_write import StoreWriter
 from varlen_sft.errors import InputError, RunError
 
@@ -30,9 +44,6 @@ __all__ = ["PrepareOptions", "Prepared", "Progress", "merge", "prepare"]
 Progress = Callable[[Literal["hash", "rows", "write"], int, int | None], None]
 """Told what is being done, how much of it is done and how much there is, if that is known: bytes of
 the inputs that are hashed, rows that are tokenised, chunks that are written."""
-
-PARTS = ".parts"
-_PLAN, _TOTAL = "plan.json", "total.json"
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ def prepare(options: PrepareOptions, progress: Progress = lambda *_: None) -> Pr
     there = _in_the_way(out, plan, options.force)
     if there is not None:
         return there
-    _open_parts(folder, plan, options.force)
+    open_parts(folder, plan, options.force)
     try:
         counted = make_parts(options, plan, folder, lambda done: progress("rows", done, plan.rows))
     except InputError:
@@ -76,7 +87,7 @@ def prepare(options: PrepareOptions, progress: Progress = lambda *_: None) -> Pr
             shutil.rmtree(folder)
         raise
     if options.shard is not None:
-        _write(folder / _TOTAL, {"chunks": counted.chunks})
+        write_total(folder, counted.chunks)
         return Prepared("shard", plan.fingerprint, None, (counted.own, counted.made))
     parts = [part_path(folder, chunk) for chunk in range(counted.chunks)]
     manifest = _assemble(out, folder, plan, parts, progress)
@@ -104,7 +115,7 @@ def merge(
     """
     own = file_of(out, PARTS)
     folders = list(folders) or [own]
-    plans = [_read_plan(folder) for folder in folders]
+    plans = [read_plan(folder) for folder in folders]
     plan = plans[0]
     for folder, other in zip(folders, plans, strict=True):
         if (other.fingerprint, other.chunk_rows) != (plan.fingerprint, plan.chunk_rows):
@@ -116,13 +127,13 @@ def merge(
     there = _in_the_way(out, plan, force)
     if there is not None:
         return there
-    parts = _gather(folders)
+    parts = gather(folders)
     for path in parts:
         header = read_header(path)
         if on_error == "error" and header and header["counts"]["rejected"]:
             row, reason = header["left_out"][0]
             raise InputError(reason, file=plan.names[header["source"]], row=row)
-    own.mkdir(parents=True, exist_ok=True)
+    open_parts(own, plan, force)
     manifest = _assemble(out, own, plan, parts, progress)
     return Prepared("made", plan.fingerprint, manifest, (len(parts), 0))
 
@@ -177,7 +188,18 @@ def _manifest(plan: Plan, counts: Counter[str], rows: Counter[int]) -> dict[str,
 
 def _in_the_way(out: Path, plan: Plan, force: bool) -> Prepared | None:
     """The set that is there already, if it is the one that is wanted."""
-    if force or not is_prepared(out):
+    folder = file_of(out, PARTS)
+    if force:
+        return None
+    parts = is_of(folder, plan)
+    if not is_prepared(out):
+        for suffix in layout_suffixes(LAYOUTS[0]):
+            # With these parts beside it, it is what a run left that was killed near its end.
+            if not parts and file_of(out, suffix).exists():
+                raise InputError(
+                    "a file without a manifest is in the way; --force replaces it",
+                    file=file_of(out, suffix),
+                )
         return None
     manifest = read_manifest(out)
     if manifest["fingerprint"] != plan.fingerprint:
@@ -187,62 +209,6 @@ def _in_the_way(out: Path, plan: Plan, force: bool) -> Prepared | None:
             file=file_of(out, MANIFEST),
         )
     Store(out)  # raises if it is not whole
-    folder = file_of(out, PARTS)
-    if (folder / _PLAN).is_file() and _read_plan(folder).fingerprint == plan.fingerprint:
+    if parts:
         shutil.rmtree(folder)  # of a run that was killed when all but this was done
     return Prepared("there", plan.fingerprint, manifest)
-
-
-def _open_parts(folder: Path, plan: Plan, force: bool) -> None:
-    """Take up what an earlier run left, or begin."""
-    if (folder / _PLAN).is_file():
-        old = _read_plan(folder)
-        same = (old.fingerprint, old.chunk_rows) == (plan.fingerprint, plan.chunk_rows)
-        if same and old.names == plan.names:
-            return
-        if not same and not force:
-            raise InputError(
-                "unfinished work of another fingerprint is in the way (it differs in "
-                f"{differences(old.content, plan.content)}); --force removes it",
-                file=folder,
-            )
-        if not same:
-            shutil.rmtree(folder)
-    _write(folder / _PLAN, plan.as_json())
-
-
-def _gather(folders: Sequence[Path]) -> list[Path]:
-    """The parts of all chunks, in order."""
-    totals = [json.loads((f / _TOTAL).read_text()) for f in folders if (f / _TOTAL).is_file()]
-    if not totals:
-        raise InputError("no shard has been finished yet", file=folders[0])
-    found = {number: folder for folder in folders for number in part_numbers(folder)}
-    missing = [number for number in range(totals[0]["chunks"]) if number not in found]
-    if missing:
-        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise InputError(
-            f"{len(missing)} of {totals[0]['chunks']} chunks are missing ({shown}): of n shards, "
-            "chunk k is made by shard k % n + 1",
-            file=folders[0],
-        )
-    return [part_path(found[number], number) for number in range(totals[0]["chunks"])]
-
-
-def _read_plan(folder: Path) -> Plan:
-    path = folder / _PLAN
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Plan(found["content"], tuple(found["names"]), found["chunk_rows"])
-    except FileNotFoundError:
-        raise InputError("no such file: no parts of a prepared set are here", file=path) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"is damaged: {error}", file=path) from None
-
-
-def _write(path: Path, value: object) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
-        write_whole(path, text.encode() + b"\n")
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error}") from None

@@ -68,4 +68,4 @@ def count_rows(source: Source, lines: int) -> int | None:
 
         return pyarrow.parquet.read_metadata(path).num_rows
     text = head.lstrip()[:1] == b"{"
-    return lines + 1 if text else None
+    return lines if text else None

@@ -20,7 +20,7 @@ from varlen_sft.data.sources import Source
 from varlen_sft.data.store import LAYOUTS
 from varlen_sft.errors import InputError
 
-CHUNK_ROWS = 1024
+CHUNK_ROWS = 256
 """Input rows that are worked on, and can be lost, at a time."""
 
 VERSION = 1
@@ -146,19 +146,19 @@ def make_plan(options: PrepareOptions, progress: Callable[[int, int], None]) -> 
     total, done = sum(size for files in listed for *_, size in files), 0
     inputs, rows = [], []
     for source, files in zip(options.sources, listed, strict=True):
-        hashes, lines = [], 0
+        hashes, lines, end = [], 0, b"\n"
         for name, path, _ in files:
             digest = hashlib.sha256()
             for block in file_blocks(path):
                 digest.update(block)
-                lines += block.count(b"\n")
+                lines, end = lines + block.count(b"\n"), block[-1:]
                 done += len(block)
                 progress(done, total)
             hashes.append([name, digest.hexdigest()])
         size = sum(size for *_, size in files)
         entry = {"mode": source.mode, "split": source.split, "bytes": size, "files": hashes}
         inputs.append(entry)
-        rows.append(count_rows(source, lines))
+        rows.append(count_rows(source, lines + (end != b"\n")))
     content = {
         "version": VERSION,
         "inputs": inputs,

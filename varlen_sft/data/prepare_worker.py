@@ -6,6 +6,7 @@ which started it happens to have imported. It ends when the other side of its co
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ class Worker:
         self._tokenizer = ChatTokenizer.from_folder(job.model, job.template)
         name = job.sample_processor
         self._processor = None if name is None else load_processor(name)
+        _give_back_memory()
 
     def make(self, chunk: Chunk) -> dict[str, Any]:
         """Write the part of a chunk and return its header.
@@ -99,6 +101,7 @@ class Worker:
             "left_out": left_out,
         }
         write_part(part_path(self._job.folder, chunk.number), header, samples)
+        _give_back_memory()
         return header
 
 
@@ -109,6 +112,13 @@ def flat_counts(counts: LoadCounts) -> dict[str, int]:
     rows = overlong.pop("rows")
     overlong |= {outcome: len(numbers) for outcome, numbers in rows.items()}
     return flat | {f"overlong_{name}": value for name, value in overlong.items()}
+
+
+def _give_back_memory() -> None:
+    """Of glibc, the pages that loading, or a chunk, left empty; another libc does as it does."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _check_mask(file: str, row: int, samples: tuple[Sample, ...]) -> None:

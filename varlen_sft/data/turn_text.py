@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
-from varlen_sft.data.conversation import ConversationError
+from varlen_sft.data.conversation import Conversation, ConversationError
 from varlen_sft.data.marks import common_prefix
 from varlen_sft.data.template import ChatTemplate
 
@@ -104,3 +106,20 @@ class TurnText:
         if found and not stops_last and not any(stop in between for stop in known):
             known.add(found.group())
         return frozenset(known)
+
+
+def setting_of(conversation: Conversation) -> tuple[Any, ...]:
+    """All but its words that may change what a template writes around an answer."""
+    kwargs = conversation.template_kwargs
+    named = json.dumps(kwargs, sort_keys=True, default=repr) if kwargs else ""
+    return named, conversation.tools is None, conversation.messages[0].role
+
+
+def shape_before(conversation: Conversation, i: int) -> tuple[Any, ...]:
+    """Which messages stand between the last user and message i, and what they are without."""
+    shape: list[Any] = []
+    for message in reversed(conversation.messages[:i]):
+        shape.append((message.role, bool(message.content), len(message.tool_calls)))
+        if message.role == "user":
+            break
+    return tuple(shape)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from varlen_sft.data.load import OnError
-from varlen_sft.data.prepare import PARTS, Prepared, PrepareOptions, Progress, merge, prepare
+from varlen_sft.data.prepare import Prepared, PrepareOptions, Progress, merge, prepare
+from varlen_sft.data.prepare_folder import PARTS
 from varlen_sft.data.store import file_of
 from varlen_sft.data.store_write import REJECTS
 from varlen_sft.errors import InputError

@@ -129,6 +129,12 @@ TOOLS = {
     "call in text": talk(
         user("Rain?"), calling(_SUNNY, content="Let me look."), result("sun"), answer("No.")
     ),
+    "call in text, an empty result": talk(
+        user("Rain?"), calling(_SUNNY, content="Let me look."), result(""), answer("No.")
+    ),
+    "call after a blank line": talk(
+        user("Rain?"), calling(_SUNNY, content="\n"), result("sun"), answer("")
+    ),
     "call in text at the end": talk(user("Rain?"), calling(_SUNNY, content="Let me look.")),
     "call after reasoning": talk(
         user("Rain?"), calling(_SUNNY, reasoning="Look."), result("sun"), thinking("Sun.", "No.")

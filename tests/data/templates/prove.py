@@ -27,7 +27,7 @@ _SAYS = {
     oracle.RAISES: "the chat template (refused|failed)",
     oracle.PROMPT: rf"{_REWRITES}: the prompt|generation prompt ends at|does not prompt with",
     oracle.LOST: "the template leaves out|cannot prompt|the template cuts",
-    oracle.ORDER: "into the answer|before the end of an earlier one|no stop token|begins at",
+    oracle.ORDER: f"into the answer|the end of an earlier one|no stop|begins at|{_REWRITES}",
     oracle.NO_STOP: rf"no stop token closes|{_REWRITES}: the answer",
     oracle.SPELLED: "spells? the control token",
     oracle.DROPPED: "history=preserve: the template leaves out",
