@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from varlen_sft.data.balance import epoch_order, epoch_steps
+from varlen_sft.data.balance import epoch_order, epoch_steps, steps_of_window
 from varlen_sft.data.mixture import Mixture
 from varlen_sft.data.order import Order, OrderedStep, OrderOptions
 from varlen_sft.data.packing import StreamPacker, pack
@@ -125,6 +125,27 @@ def test_any_step_is_found_alone(method):
         found.locate(-1)
     with pytest.raises(IndexError, match="no step -1"):
         found.step(0, -1)
+
+
+def test_the_steps_of_a_streaming_window_follow_the_rule():
+    drawn = lengths(300)
+    steps = names(epoch_of(order(drawn, method="streaming", window=8, seed=5), 2))
+    stream = list(StreamPacker(drawn, 32, window=8, order=epoch_order(300, 5, 2)))
+    expected = []
+    for number, first in enumerate(range(0, len(stream), 12)):
+        packs = stream[first : first + 12]
+        costs = np.array([drawn[pack].sum() for pack in packs])
+        for places in steps_of_window(costs, 4, "window", (5, 2, number)):
+            expected.append([packs[k].tolist() for k in places.tolist()])
+    assert steps == expected
+
+
+def test_steps_are_counted_epoch_by_epoch_where_epochs_differ():
+    found = order(lengths(60), method="next-fit", packs_per_step=1)
+    counts = [found.steps(epoch) for epoch in range(4)]
+    assert len(set(counts)) > 1
+    walked = [(s.epoch, s.step) for s in islice(found.walk(), sum(counts))]
+    assert [found.locate(k) for k in range(sum(counts))] == walked
 
 
 def test_a_streaming_walk_goes_on_from_a_window_without_packing_what_was_before(monkeypatch):

@@ -39,7 +39,10 @@ was there.
 On a cluster, start it n times with --shard 1/n ... n/n, anywhere that sees the same folder, then
 `varlen-sft merge PREFIX`.
 
-{SOURCES}"""
+{SOURCES}
+What is on the hub has no fingerprint: save it (datasets.save_to_disk) and prepare that folder. The
+PREFIX of an earlier set is an input too, with its weights.
+"""
 EXAMPLES = """\
 examples:
   varlen-sft prepare chats.jsonl --model DIR --out data/chats

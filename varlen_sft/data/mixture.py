@@ -111,8 +111,7 @@ class _Walk:
         more, fresh = self._split(new[~had[new]], wanted)
         self._given += self._sum(more)
         had[fresh] = True
-        had[more] = False  # what is left of the permutation: those put off, those not reached
-        self._rest = new[had[new]]
+        self._rest = new[had[new]]  # those put off, and those not reached
         return np.concatenate([taken, more])
 
     def _split(self, order: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:

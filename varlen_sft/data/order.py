@@ -121,11 +121,9 @@ class Order:
         while True:
             with self._lock:
                 found = self.epoch(epoch).find(step)
-            if found is not None:
-                yield found
-            step += 1
-            if found is None or found.last:
-                epoch, step = epoch + 1, 0
+            assert found is not None  # check and last see to it
+            yield found
+            epoch, step = (epoch + 1, 0) if found.last else (epoch, step + 1)
 
     def epoch(self, number: int) -> Epoch:
         """An epoch, from 0."""
