@@ -175,7 +175,7 @@ def test_a_control_token_of_other_letters(tiny_json):
     assert supervised(tiny, tiny.encode(conversation)) == answers(conversation, stop)
 
 
-def test_a_conversation_is_rendered_twice_whatever_its_turns(tiny_json, monkeypatch):
+def test_a_conversation_like_one_before_is_rendered_once_and_another_twice(tiny_json, monkeypatch):
     renders = []
     template = ChatTemplate(CHATML, TOKENS)
     render = template.render
@@ -183,8 +183,11 @@ def test_a_conversation_is_rendered_twice_whatever_its_turns(tiny_json, monkeypa
     tiny = ChatTokenizer(tiny_json, template)
     tiny.encode(talk("a", "b", "c", "d", "e", "f"))
     renders.clear()
-    tiny.encode(talk("a", "b", *"cdefghijkl"))
-    assert len(renders) == 2
+    tiny.encode(talk("a", " b\n", *"cdefghijkl"))
+    assert len(renders) == 1
+    thought = Message("assistant", "b", reasoning_content=" ")
+    tiny.encode(Conversation((*talk("a", "b", "c", "d").messages[:3], thought)))
+    assert len(renders) == 1 + 2
 
 
 def test_generation_blocks_and_what_templates_may_call(tiny_json):
@@ -295,7 +298,8 @@ def test_what_the_template_puts_before_an_answer_is_sampled_too(tiny_json):
     assert supervised(tiny, sample) == ["<t></t><t></t><|im_end|>", "<t></t><|im_end|>"]
 
 
-def test_characters_used_to_mark_contents_may_occur_in_them(tiny):
+def test_characters_used_to_mark_contents_may_occur_in_them(tiny_json):
+    tiny = with_template(tiny_json, CHATML)  # one that has not seen such a shape yet
     conversation = talk("\ue000\ue001", "\ue002 \ue000")
     assert supervised(tiny, tiny.encode(conversation)) == answers(conversation)
     everything = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)]))
@@ -303,7 +307,7 @@ def test_characters_used_to_mark_contents_may_occur_in_them(tiny):
     assert supervised(tiny, tiny.encode(conversation)) == answers(conversation)
     everything += "".join(map(chr, range(0x100000, 0x10FFFE)))
     with pytest.raises(ConversationError, match="more strings than there are marks"):
-        tiny.encode(talk(everything, "a"))
+        with_template(tiny_json, CHATML).encode(talk(everything, "a"))
 
 
 @pytest.mark.parametrize("control", ["<|im_end|>", "<|im_start|>", "<|end|>"])

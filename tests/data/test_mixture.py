@@ -89,7 +89,7 @@ def test_an_epoch_is_the_same_whatever_was_asked_before():
 @pytest.mark.parametrize(
     "weights, message",
     [
-        ((1,), "2 sources need as many weights, got 1"),
+        ((1,), "weights must be one for each source: 2, got 1"),
         ((1, 0), "the weight of source 2 must be more than 0, is 0"),
         ((-1, 1), "the weight of source 1 must be more than 0, is -1"),
         ((1, math.nan), "the weight of source 2 must be more than 0, is nan"),

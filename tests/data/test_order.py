@@ -121,6 +121,8 @@ def test_any_step_is_found_alone(method):
         assert names([there]) == names([walked[k]])
     with pytest.raises(IndexError, match="epoch 0 has .* steps, no step 1000"):
         found.step(0, 1000)
+    with pytest.raises(IndexError, match=f"epoch 1 has {found.steps(1)} steps"):
+        found.step(1, found.steps(1))
     with pytest.raises(IndexError, match="there is no step -1"):
         found.locate(-1)
     with pytest.raises(IndexError, match="no step -1"):
@@ -170,6 +172,10 @@ def test_a_streaming_walk_goes_on_from_a_window_without_packing_what_was_before(
         ({"number": 1, "cursor": 40, "window": ["a"]}, "must be its number, a cursor"),
         ({"number": 1, "cursor": 40, "window": [1, 2], "max_tokens": 16}, "packs of 16 tokens"),
         ({"number": 1, "cursor": 40, "window": [1, 2], "max_tokens": 32}, "holds 2 samples"),
+        (
+            {"number": 0, "cursor": 40, "window": list(range(8)), "max_tokens": 32},
+            "window 0 of epoch 0 does not start there",
+        ),
     ],
 )
 def test_a_start_that_cannot_be_is_refused(start, message):

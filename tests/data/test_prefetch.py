@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from itertools import count, islice
@@ -13,9 +15,17 @@ from varlen_sft.data.prefetch import Prefetch, Stall
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
-    before = threading.active_count()
     yield
-    assert threading.active_count() == before
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+def settled(begun: list, count: int) -> list:
+    """What was begun, as soon as it is so many and a while longer."""
+    until = time.monotonic() + 10
+    while len(begun) < count and time.monotonic() < until:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    return sorted(begun)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -32,12 +42,11 @@ def test_results_come_in_the_order_of_the_items(workers):
 def test_never_more_than_the_depth_is_ahead():
     begun = []
     with Prefetch(count(), begun.append, workers=2, depth=3) as ahead:
+        assert settled(begun, 3) == [0, 1, 2]
         next(ahead)
-        time.sleep(0.05)
-        assert sorted(begun) == [0, 1, 2, 3]
+        assert settled(begun, 4) == [0, 1, 2, 3]
         next(ahead)
-        time.sleep(0.05)
-        assert sorted(begun) == [0, 1, 2, 3, 4]
+        assert settled(begun, 5) == [0, 1, 2, 3, 4]
 
 
 def test_without_workers_nothing_is_made_before_it_is_asked_for():
@@ -73,6 +82,22 @@ def test_an_error_of_the_items_comes_after_what_they_gave(workers):
             next(ahead)
 
 
+def test_a_script_that_leaves_an_iterator_open_ends():
+    script = """
+from itertools import count
+from varlen_sft.data.prefetch import Prefetch
+kept = Prefetch(count(), lambda k: k, workers=2)
+def steps():
+    with kept:
+        yield from kept
+left = steps()
+print(next(left), next(left))
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0 1\n", "")
+
+
 def test_leaving_early_ends_the_threads():
     with Prefetch(count(), str, workers=3) as ahead:
         next(ahead)
@@ -90,8 +115,8 @@ def test_a_slow_maker_is_waited_for(workers):
         assert len(list(ahead)) == 6
     assert stall.results == 6
     assert stall.first_s >= 0.02
-    assert 0.1 <= stall.waited_s + 0.001 and stall.waited_s <= stall.elapsed_s
-    assert stall.share > 0.9
+    assert 0.05 <= stall.waited_s <= stall.elapsed_s
+    assert stall.share > 0.7
 
 
 def test_a_slow_consumer_does_not_wait():
@@ -100,7 +125,7 @@ def test_a_slow_consumer_does_not_wait():
         for _ in ahead:
             time.sleep(0.02)
     assert stall.elapsed_s >= 0.1
-    assert stall.share < 0.2
+    assert stall.share < 0.3
 
 
 def test_nothing_made_is_no_stall():

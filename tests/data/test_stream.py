@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.streams import Made, lengths, names, sequences, stream
+from varlen_sft.data.balance import deal
 from varlen_sft.data.store import Store
 from varlen_sft.data.store_write import write_store
 from varlen_sft.errors import InputError
@@ -114,12 +115,31 @@ def test_idle_ranks_run_one_token_that_weighs_nothing():
             assert batch.labels.tolist() == [IGNORE_INDEX]
             assert batch.cu_seqlens.tolist() == [0, 1] and batch.max_seqlen == 1
         assert [len(s) for s in sequences(tail)] == [32]
+        assert sum(len(ids) for step in tail for ids in step.samples) == 1
 
 
 def test_a_micro_batch_holds_all_packs_of_its_cell():
     source = Made([17] * 16)  # two of them fill a pack
     (step,) = part_of(source, {"packs_per_step": 8}, 1, ranks=2, accumulate=2, rank=1)
     assert [batch.cu_seqlens.tolist() for batch in step.batches] == [[0, 16, 32, 48, 64]] * 2
+
+
+@pytest.mark.parametrize("balance", ["window", "none"])
+def test_packs_are_dealt_by_their_costs(balance):
+    source = Made(lengths(90))
+    order = {"packs_per_step": 8, "balance": balance, "cost_a": 5}
+    parts = [part_of(source, order, 3, rank=r, ranks=2, accumulate=2) for r in range(2)]
+    for k in range(3):
+        packs = parts[0][k].packs
+        rows = [source.lengths[pack].astype(int) - 1 for pack in packs]
+        costs = np.array([5 * of.sum() + of @ of for of in rows])
+        cells = deal(costs, 2, 2, balance=balance)
+        for rank in range(2):
+            for micro in range(2):
+                ids = np.concatenate([packs[place] for place in cells[micro, rank]])
+                assert parts[rank][k].samples[micro].tolist() == ids.tolist()
+                want = np.concatenate([source.sample(i).input_ids[:-1] for i in ids])
+                assert parts[rank][k].batches[micro].input_ids.tolist() == want.tolist()
 
 
 def test_a_batch_is_padded_as_asked():
@@ -312,7 +332,7 @@ def test_what_is_no_state_is_refused(change, message, force):
         ({}, {"ranks": 2, "rank": 2}, r"rank must be in \[0, 2\), is 2"),
         ({}, {"pad_to": 127}, "pad_to must be at least 4 x max_tokens = 128"),
         ({"max_tokens": 8}, {}, "source 1, row 2: the sample takes 9 rows of a pack, which has 8"),
-        ({"weights": (1, 2)}, {}, "1 sources need as many weights, got 2"),
+        ({"weights": (1, 2)}, {}, "weights must be one for each source: 1, got 2"),
     ],
 )
 @pytest.mark.parametrize("method", ["planned", "streaming"])

@@ -202,7 +202,9 @@ def test_a_wrong_place_is_found_by_the_second_way(folder, monkeypatch):
     monkeypatch.setattr(layout.Planner, "lay_out", late)
     found = asked(folder())
     assert failed(found) == {AGREE}
-    assert found[AGREE][1].startswith("plain: two ways to find message 2 disagree on where it begins:")
+    assert found[AGREE][1].startswith(
+        "plain: two ways to find message 2 disagree on where it begins:"
+    )
 
 
 def test_a_stop_token_that_is_not_trained(folder, monkeypatch):

@@ -23,6 +23,9 @@ made visible, id, role, and what the model learns when it reads it (the label, a
 one) with its weight. With several rows, or --pack, also where sequences begin (cu_seqlens) and
 which tokens see each other.
 
+With --step, a pack of a training step of a run over a prepared set: what a spike of the loss was
+trained on.
+
 Rows are tokenised, packed and collated as for training. Exits with 2 and the reason if one cannot
 be used.
 
@@ -35,6 +38,7 @@ examples:
   varlen-sft show chats.jsonl --row 7 --row 2       a pack of two rows
   varlen-sft show chats.jsonl --pack --max-tokens 512 --html pack.html
   varlen-sft show chats.jsonl --supervision-mode last_assistant
+  varlen-sft show data/chats --step 12345 --state stream.json --model DIR
 """
 
 
@@ -69,6 +73,7 @@ def add_parser(commands: Any) -> None:
     )
     add("--html", "write a page, instead of text and tokens on the screen", Path, None, "OUT")
     _add_pack_options(show)
+    _add_step_options(show)
     add_source_options(show)
     add_mask_options(show)
 
@@ -85,13 +90,25 @@ def _add_pack_options(show: argparse.ArgumentParser) -> None:
         None, "T")  # fmt: skip
 
 
+def _add_step_options(show: argparse.ArgumentParser) -> None:
+    add = adder(show.add_argument_group("steps of a run; FILE is the prepared set's prefix"))
+    add("--step", "which step, from 1 as a run counts them; lists its packs and shows one",
+        positive(int), None, "N")  # fmt: skip
+    add("--step-pack", "which pack of the step is shown, from 1", positive(int), 1, "K")
+    add("--state", "any state of that run's stream: the JSON of PackStream.state_dict()", Path,
+        None, "STATE")  # fmt: skip
+
+
 def run(args: argparse.Namespace) -> int:
     """Show the rows; 0."""
     from varlen_sft.tools import show
     from varlen_sft.tools.demo_model import smollm2_folder
 
     masks = mask_options(args)  # what can be told at once is not told after a conversion
-    names = ("file", "html", "max_tokens", "pack", "pack_rows", "sample_processor")
+    names = (
+        "file", "html", "max_tokens", "pack", "pack_rows", "sample_processor", "state", "step",
+        "step_pack",
+    )  # fmt: skip
     options = show.ShowOptions(
         model=args.model or smollm2_folder(),
         rows=tuple(args.rows or (1,)),

@@ -15,39 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from varlen_sft.data.conversation import Conversation, ConversationError
-from varlen_sft.data.marks import Placed, common_prefix, place
+from varlen_sft.data.joints import Joints, is_plain
+from varlen_sft.data.marks import Placed, common_prefix, place, render
+from varlen_sft.data.placed import Answer, Layout
 from varlen_sft.data.sample import ROLES
 from varlen_sft.data.template import ChatTemplate
 from varlen_sft.data.turn_text import TurnText, setting_of, shape_before
 
 __all__ = ["Answer", "Layout", "Planner", "prefix_of"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One assistant turn: text[start:stop_start] is said, text[stop_start:end] is ``stop``."""
-
-    number: int  # of the message, from 1, for errors
-    start: int  # where the generation prompt ends
-    stop_start: int
-    end: int
-    stop: str
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A rendered conversation.
-
-    ``others`` are (start, end, role id, message number) of the messages that are not answers;
-    ``owned`` are (start, end, message number) of every string that came from the data, and not
-    from the template; ``rewritten`` are the numbers of answers whose reasoning was left out.
-    """
-
-    text: str
-    answers: tuple[Answer, ...]
-    others: tuple[tuple[int, int, int, int], ...]
-    owned: tuple[tuple[int, int, int], ...]
-    rewritten: tuple[int, ...] = ()
 
 
 @dataclass
@@ -65,6 +40,7 @@ class Planner:
     _endings: dict[Any, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._joints = Joints()
         self.turns = TurnText(self.template, self.control)
 
     def lay_out(self, conversation: Conversation, only_last: bool = False) -> Layout:
@@ -77,7 +53,18 @@ class Planner:
         Raises:
             ConversationError: a place cannot be proven; says which and why.
         """
-        placed = place(self.template, conversation)
+        quick = is_plain(conversation) and not only_last and not self.template.has_generation_tags
+        setting = setting_of(conversation)
+        text = render(self.template, conversation.messages, conversation)
+        if quick and (found := self._joints.lay_out(setting, conversation, text)) is not None:
+            return found
+        layout = self._by_marks(conversation, text, only_last)
+        if quick:
+            self._joints.learn(setting, conversation, layout)
+        return layout
+
+    def _by_marks(self, conversation: Conversation, text: str, only_last: bool) -> Layout:
+        placed = place(self.template, conversation, text)
         rewritten = _unwritten(conversation, placed)
         answers, others = [], []
         count = len(conversation.messages)

@@ -86,16 +86,21 @@ class _Marker:
 
 
 def place(
-    template: ChatTemplate, conversation: Conversation, *, add_generation_prompt: bool = False
+    template: ChatTemplate,
+    conversation: Conversation,
+    plain: str | None = None,
+    *,
+    add_generation_prompt: bool = False,
 ) -> Placed:
-    """Render a conversation and find its messages.
+    """Find the messages of a conversation in ``plain``, its render, if that is at hand.
 
     Raises:
         ConversationError: the template refuses it, or writes it differently when it is marked,
             writes a string twice, cuts one, or changes the order of the messages.
     """
     messages = conversation.messages
-    plain = render(template, messages, conversation, add_generation_prompt)
+    if plain is None:
+        plain = render(template, messages, conversation, add_generation_prompt)
     used = set() if plain.isascii() else set(_PRIVATE.findall(plain))
     marker = _Marker(used.union(*map(_private_in, messages)))
     generation = marker.pair()

@@ -133,7 +133,7 @@ class _Walk:
 def _shares(totals: Sequence[int], weights: Sequence[float]) -> list[Fraction]:
     """What each source gives in an epoch, exact; of one source or more it is all it has."""
     if len(weights) != len(totals):
-        raise InputError(f"{len(totals)} sources need as many weights, got {len(weights)}")
+        raise InputError(f"weights must be one for each source: {len(totals)}, got {len(weights)}")
     for source, (total, weight) in enumerate(zip(totals, weights, strict=True), 1):
         if not 0 < weight < math.inf:
             raise InputError(f"the weight of source {source} must be more than 0, is {weight}")

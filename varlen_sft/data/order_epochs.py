@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -42,6 +42,12 @@ class OrderOptions:
         for name in ("max_tokens", "packs_per_step", "window", "balance_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, is {getattr(self, name)}")
+        kinds = {"method": Method, "balance": Balance, "weights_count": WeightUnit}
+        for name, known in kinds.items():
+            if getattr(self, name) not in get_args(known):
+                raise InputError(
+                    f"{name} must be one of {get_args(known)}, is {getattr(self, name)!r}"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +68,12 @@ class Epoch:
     def __init__(
         self, lengths: np.ndarray, ids: np.ndarray, options: OrderOptions, number: int
     ) -> None:
-        self.lengths, self.ids, self.options, self.number = lengths, ids, options, number
+        self.lengths, self.options, self.number = lengths, options, number
+        self._begin(ids)
+
+    def _begin(self, ids: np.ndarray) -> None:
+        """Pack its samples, which come in this order, or the first of them."""
+        raise NotImplementedError
 
     def count(self) -> int:
         """Steps there are."""
@@ -89,11 +100,9 @@ class Epoch:
 class WholeEpoch(Epoch):
     """All packs at once."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def _begin(self, ids: np.ndarray) -> None:
         options = self.options
-        drawn = pack(self.lengths[self.ids], options.max_tokens, options.method)
-        self._packs = drawn.relabelled(self.ids)
+        self._packs = pack(self.lengths[ids], options.max_tokens, options.method).relabelled(ids)
         self._costs = self.costs(self._packs)
         self._steps = epoch_steps(
             self._costs,
@@ -122,11 +131,10 @@ class WholeEpoch(Epoch):
 class StreamingEpoch(Epoch):
     """A window at a time; where the windows met so far begin is kept."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._starts: dict[int, Mapping[str, Any]] = {
-            0: {"number": 0, **self._packer().state_dict()}
-        }
+    def _begin(self, ids: np.ndarray) -> None:
+        self._ids = ids
+        first = {"number": 0, **self._packer().state_dict()}
+        self._starts: dict[int, Mapping[str, Any]] = {0: first}
         self._open(0)
 
     def count(self) -> int:
@@ -155,7 +163,8 @@ class StreamingEpoch(Epoch):
         if not all(type(value) is int and value >= 0 for value in whole):
             raise InputError("the start of a window must be its number, a cursor and positions")
         self._packer(start)  # refuses what it cannot be
-        self._starts[whole[0]] = start
+        if self._starts.setdefault(whole[0], start) != start:
+            raise InputError(f"window {whole[0]} of epoch {self.number} does not start there")
 
     def _reach(self, number: int) -> bool:
         """Open a window, if the epoch has it."""
@@ -181,5 +190,5 @@ class StreamingEpoch(Epoch):
     def _packer(self, state: Mapping[str, Any] | None = None) -> StreamPacker:
         options = self.options
         return StreamPacker(
-            self.lengths, options.max_tokens, window=options.window, order=self.ids, state=state
+            self.lengths, options.max_tokens, window=options.window, order=self._ids, state=state
         )

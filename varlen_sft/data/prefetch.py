@@ -43,9 +43,9 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
     An exception of ``make`` or of the items is raised where their result would have come.
 
     Args:
-        items: drawn in a thread of its own, unless ``workers`` is 0; may be endless.
-        make: called in the workers.
-        workers: threads; 0 makes each result when it is asked for.
+        items: drawn in the workers, one at a time; may be endless.
+        make: called in the workers, of several items at a time.
+        workers: threads; 0 draws and makes each result when it is asked for.
         depth: results that are made or being made at a time; two per worker if None.
         stall: where the waiting is added up.
 
@@ -70,20 +70,19 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
         self.stall = stall or Stall()
         self._make, self._items = make, iter(items)
         self._began = 0.0
+        self._closed = False
+        self._ended = False  # nothing is drawn any more
+        self._drawing = threading.Lock()
+        self._made: SimpleQueue[Future[Made]] = SimpleQueue()  # in the order of the items
         self._pool = ThreadPoolExecutor(workers, "prefetch") if workers else None
-        self._free = threading.Semaphore(depth)
-        self._made: SimpleQueue[Future[Made]] = SimpleQueue()
-        self._closed = threading.Event()
-        self._feeder = threading.Thread(target=self._feed, name="prefetch-items", daemon=True)
-        if workers:
-            self._feeder.start()
+        if self._pool is not None:
+            for _ in range(depth):
+                self._pool.submit(self._work)
 
     def __next__(self) -> Made:
-        if self._closed.is_set():
-            raise StopIteration
         asked = time.perf_counter()
         try:
-            made = self._make(next(self._items)) if self._pool is None else self._taken()
+            made = self._here() if self._pool is None else self._taken(self._pool)
         except BaseException:
             self.close()
             raise
@@ -98,31 +97,41 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
 
     def close(self) -> None:
         """End the threads; what is being made is finished and thrown away."""
-        self._closed.set()
-        self._free.release()  # wakes the feeder
+        self._closed = self._ended = True
         if self._pool is not None:
-            self._feeder.join()
             self._pool.shutdown(cancel_futures=True)
 
-    def _taken(self) -> Made:
+    def _here(self) -> Made:
+        if self._closed:
+            raise StopIteration
+        return self._make(next(self._items))
+
+    def _taken(self, pool: ThreadPoolExecutor) -> Made:
+        if self._closed:
+            raise StopIteration
         made = self._made.get().result()
-        self._free.release()
+        pool.submit(self._work)
         return made
 
-    def _feed(self) -> None:
-        """Hand items to the pool while there is room."""
-        assert self._pool is not None
-        while True:
-            self._free.acquire()
-            if self._closed.is_set():
-                return
-            try:
-                self._made.put(self._pool.submit(self._make, next(self._items)))
-            except BaseException as error:  # StopIteration too: the consumer's business
-                end: Future[Made] = Future()
-                end.set_exception(error)
-                self._made.put(end)
-                return
+    def _work(self) -> None:
+        """Draw one item and make it; its result is waited for where it was drawn."""
+        result: Future[Made] = Future()
+        try:
+            with self._drawing:
+                if self._ended:
+                    return
+                self._made.put(result)
+                item = self._drawn()
+            result.set_result(self._make(item))
+        except BaseException as error:  # StopIteration too: the consumer's business
+            result.set_exception(error)
+
+    def _drawn(self) -> Item:
+        try:
+            return next(self._items)
+        except BaseException:
+            self._ended = True
+            raise
 
     def _count(self, asked: float, got: float) -> None:
         if not self.stall.results:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OrderOptions", "PackStream", "Source", "Step", "StreamOptions"]
 
+_NONE = np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
@@ -37,7 +39,8 @@ class StreamOptions:
     accumulate: int = 1
     """A, micro-batches of a step on each rank."""
     workers: int = 1
-    """Threads that read and collate; 0 does it when a step is asked for."""
+    """Threads that read and collate, more than one for a disk that is waited for; 0 does it when a
+    step is asked for."""
     depth: int | None = None
     """Steps made ahead; two per worker if None."""
     pin: bool | None = None
@@ -56,6 +59,7 @@ class Step:
     step: int  # in the epoch
     packs: tuple[np.ndarray, ...]  # of all ranks: int64 ids of samples, see Sources.origin
     batches: tuple[PackedBatch, ...]  # A of them, each of P / (ranks x A) packs
+    samples: tuple[np.ndarray, ...]  # of each batch: int64 ids, one per sequence; none if idle
     last: bool  # of its epoch
 
 
@@ -179,20 +183,21 @@ class PackStream:
             packs_per_step=self.options.packs_per_step,
             balance=self.options.balance,
         )
-        batches = tuple(
-            self._batch([ordered.packs[place] for place in cell if place >= 0])
+        samples = tuple(
+            np.concatenate([_NONE, *(ordered.packs[k] for k in cell if k >= 0)])
             for cell in cells[:, options.rank].tolist()
         )
-        step = Step(ordered.epoch, ordered.step, ordered.packs, batches, ordered.last)
+        batches = tuple(map(self._batch, samples))
+        step = Step(ordered.epoch, ordered.step, ordered.packs, batches, samples, ordered.last)
         if ordered.last:
             return step, Position(ordered.epoch + 1)
         return step, Position(ordered.epoch, ordered.step + 1, ordered.start)
 
-    def _batch(self, packs: Sequence[np.ndarray]) -> PackedBatch:
+    def _batch(self, ids: np.ndarray) -> PackedBatch:
         from varlen_sft.data.batch import collate
 
         options = self._options
-        samples = [self.sources.sample(i) for pack in packs for i in pack.tolist()]
+        samples = [self.sources.sample(i) for i in ids.tolist()]
         batch = collate(
             samples or [_idle(options.pad_id)],
             pad_to=options.pad_to,
@@ -210,8 +215,8 @@ class PackStream:
 
     def _check(self) -> None:
         options, order = self._options, self.options
-        nothing = np.zeros(0, np.int64)
-        deal(nothing, options.ranks, options.accumulate, packs_per_step=order.packs_per_step)
+        # Refuses what does not divide.
+        deal(_NONE, options.ranks, options.accumulate, packs_per_step=order.packs_per_step)
         if not 0 <= options.rank < options.ranks:
             raise InputError(f"rank must be in [0, {options.ranks}), is {options.rank}")
         in_batch = order.packs_per_step // (options.ranks * options.accumulate)

@@ -10,7 +10,7 @@ from typing import Any
 from varlen_sft.data.order import OrderOptions
 from varlen_sft.errors import InputError
 
-__all__ = ["VERSION", "Position", "differences", "read_state", "write_state"]
+__all__ = ["VERSION", "Position", "differences", "read_options", "read_state", "write_state"]
 
 VERSION = 1
 _NUMBERS = ("seed", "epoch", "step", "packs_per_step")
@@ -61,6 +61,22 @@ def read_state(state: Mapping[str, Any]) -> Position:
     if not isinstance(state.get("options"), Mapping) or not isinstance(window, Mapping | None):
         raise InputError("options and window of the stream's state must be dictionaries")
     return Position(state["epoch"], state["step"], window)
+
+
+def read_options(state: Mapping[str, Any]) -> OrderOptions:
+    """The options of the order that a state is of.
+
+    Raises:
+        InputError: it is no state, or of options that are not known here.
+    """
+    read_state(state)
+    others = dict(state["options"])
+    if others.get("weights") is not None:
+        others["weights"] = tuple(others["weights"])
+    try:
+        return OrderOptions(seed=state["seed"], packs_per_step=state["packs_per_step"], **others)
+    except TypeError as error:
+        raise InputError(f"the stream's state has options of another kind: {error}") from None
 
 
 def differences(state: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

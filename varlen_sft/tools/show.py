@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from varlen_sft.data.sample import ROLES, Sample
 from varlen_sft.errors import InputError
 from varlen_sft.tools.pack_picture import PackPicture, picture_pack, spelled, visible
 from varlen_sft.tools.show_rows import Piece, chosen, planned
+from varlen_sft.tools.show_step import check_step_options, step_pieces
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +42,9 @@ class ShowOptions:
     sample_processor: str | None = None
     mask_token_ids: tuple[int, ...] = ()
     masks: MaskOptions = MaskOptions()
+    step: int | None = None  # of a run over a prepared set, from 1
+    step_pack: int = 1
+    state: Path | None = None  # of the run's stream, as JSON
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Shown:
     runs: list[list[Run]]  # of each sample
     last_texts: list[str]  # of each sample's last token, which is a target and never read
     answers: list[Answer]
+    step: dict[str, str] = field(default_factory=dict)
+    """With --step: which one it is, and what is in its packs, by name."""
 
     @property
     def capacity(self) -> int | None:
@@ -79,7 +85,7 @@ class Shown:
 
     @property
     def is_pack(self) -> bool:
-        return self.options.pack or len(self.pieces) > 1
+        return self.options.pack or bool(self.step) or len(self.pieces) > 1
 
 
 def run(options: ShowOptions, console: Console) -> None:
@@ -114,9 +120,14 @@ def gather(options: ShowOptions) -> Shown:
         raise InputError("--pack takes one --row, from which it packs; several are a pack already")
     if options.pack_rows and not options.pack:
         raise InputError("--pack-rows says how many rows --pack packs, but there is no --pack")
+    check_step_options(options)
     tokenizer = ChatTokenizer.from_folder(options.model)
+    step: dict[str, str] = {}
     capacity = _capacity(options)
-    if options.pack:
+    if options.step is not None:
+        pieces, step, capacity = step_pieces(options, tokenizer)
+        options = replace(options, max_tokens=capacity)
+    elif options.pack:
         assert capacity is not None
         pieces = planned(options, tokenizer, options.pack_rows or PACK_ROWS, capacity)
     else:
@@ -130,6 +141,7 @@ def gather(options: ShowOptions) -> Shown:
         [_runs(sample, tokenizer) for sample in samples],
         [_text(sample, len(sample) - 1, len(sample), tokenizer) for sample in samples],
         [answer for sample in samples for answer in _answers(sample, tokenizer)],
+        step,
     )
 
 

@@ -23,6 +23,7 @@ def facts(shown: Shown) -> dict[str, str]:
     rows = list(dict.fromkeys(piece.row for piece in shown.pieces))
     told = {
         "file": str(options.file),
+        **shown.step,
         "row" if len(rows) == 1 else "rows": ", ".join(map(str, rows)),
         "model": str(options.model),
         "tokens": _tokens(shown),
