@@ -163,7 +163,7 @@ def compute(turns: int) -> int:
 def waiting(source: Any, size: int, per_second: int, workers: int, busy: bool) -> dict[str, float]:
     """Share of waiting, and the trainer's own time over what it is alone."""
     seconds = PACKS * size / per_second
-    steps = min(60, max(8, round(3 / seconds)))
+    steps = min(60, max(6, round(1.5 / seconds)))
     turns = round(seconds * 2_000_000 / spent(lambda: compute(2_000_000), 1))
     work = (lambda: compute(turns)) if busy else (lambda: time.sleep(seconds))
     alone = spent(work, steps)

@@ -52,8 +52,9 @@ assert not {"torch", "numpy"} & sys.modules.keys()
 
 @pytest.mark.parametrize(
     "module",
-    ["cli", "errors", "data.sample", "data.formats", "data.chat", "data.packing", "data.plan"],
-)
+    ["cli", "errors", "data.sample", "data.formats", "data.chat", "data.packing", "data.plan",
+     "data.stream"],
+)  # fmt: skip
 def test_data_workers_stay_without_torch(module):
     fresh(f"import sys, varlen_sft.{module}; assert 'torch' not in sys.modules")
 

@@ -128,6 +128,16 @@ def test_a_slow_consumer_does_not_wait():
     assert stall.share < 0.3
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_first_result_is_no_part_of_the_time(workers):
+    stall = Stall()
+    first = iter([0.3, 0.0, 0.0])
+    with Prefetch(range(3), lambda _: time.sleep(next(first)), workers=workers, stall=stall) as a:
+        list(a)
+    assert stall.first_s >= 0.3
+    assert stall.waited_s <= stall.elapsed_s < 0.2
+
+
 def test_nothing_made_is_no_stall():
     assert Stall().share == 0.0
 

@@ -22,11 +22,13 @@ from varlen_sft.data.store import Store
 from varlen_sft.errors import InputError, RunError
 
 PROCESSOR = """
-import os, resource, sys
+import os, sys
 def note(row):
     path = os.path.join(os.path.dirname(__file__), "seen")
     heavy = {"torch", "transformers", "pyarrow", "rich"} & sys.modules.keys()
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss, in which a child inherits the peak of its parent.
+    with open("/proc/self/status") as status:
+        (kilobytes,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
     with open(path, "a") as file:
         file.write(f"{os.getpid()} {kilobytes} {sorted(heavy)}\\n")
     return row

@@ -14,6 +14,7 @@ from tests.data.streams import Made, lengths, names, sequences, stream
 from varlen_sft.data.balance import deal
 from varlen_sft.data.store import Store
 from varlen_sft.data.store_write import write_store
+from varlen_sft.data.stream_state import read_options
 from varlen_sft.errors import InputError
 from varlen_sft.types import IGNORE_INDEX
 
@@ -258,6 +259,12 @@ def test_a_state_is_small_json_that_says_what_it_is_of():
     planned = stream(source)
     list(islice(planned, 7))
     assert planned.state_dict()["window"] is None
+
+
+def test_a_state_tells_the_options_of_its_order():
+    sources = [Made([5, 6]), Made([7, 8, 9], first=50)]
+    found = stream(sources, {"weights": (1, 2.5), "seed": 7, "method": "next-fit", "cost_a": 9})
+    assert read_options(json.loads(json.dumps(found.state_dict()))) == found.options
 
 
 @pytest.mark.parametrize(

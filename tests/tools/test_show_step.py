@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.prepared import chats, jsonl, made, model_folder
 from varlen_sft import cli
+from varlen_sft.data.masks import MaskOptions
 from varlen_sft.data.store import Store
 from varlen_sft.data.stream import OrderOptions, PackStream, StreamOptions
 
@@ -19,7 +20,8 @@ def run(tmp_path_factory):
     """A prepared set, the steps of a run over it, a file with its state, and the model."""
     folder = tmp_path_factory.mktemp("run")
     model = model_folder(folder / "model")
-    made(folder / "set", model, jsonl(folder / "chats.jsonl", chats(40)))
+    masks = MaskOptions(supervision_mode="all")  # first tokens, too, which are no targets
+    made(folder / "set", model, jsonl(folder / "chats.jsonl", chats(40)), masks=masks)
     order = OrderOptions(max_tokens=96, packs_per_step=3, method="streaming", window=5, seed=2)
     stream = PackStream([Store(folder / "set")], order, StreamOptions(workers=0))
     steps = list(islice(stream, stream.steps_per_epoch + 2))

@@ -71,7 +71,6 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
         self._make, self._items = make, iter(items)
         self._began = 0.0
         self._closed = False
-        self._ended = False  # nothing is drawn any more
         self._drawing = threading.Lock()
         self._made: SimpleQueue[Future[Made]] = SimpleQueue()  # in the order of the items
         self._pool = ThreadPoolExecutor(workers, "prefetch") if workers else None
@@ -97,7 +96,7 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
 
     def close(self) -> None:
         """End the threads; what is being made is finished and thrown away."""
-        self._closed = self._ended = True
+        self._closed = True
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -118,20 +117,13 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
         result: Future[Made] = Future()
         try:
             with self._drawing:
-                if self._ended:
+                if self._closed:
                     return
                 self._made.put(result)
-                item = self._drawn()
+                item = next(self._items)
             result.set_result(self._make(item))
         except BaseException as error:  # StopIteration too: the consumer's business
             result.set_exception(error)
-
-    def _drawn(self) -> Item:
-        try:
-            return next(self._items)
-        except BaseException:
-            self._ended = True
-            raise
 
     def _count(self, asked: float, got: float) -> None:
         if not self.stall.results:
