@@ -126,9 +126,7 @@ class ControlTokens:
                 pieces.append(layout.text[end:next_start])
         ids = iter(self._plain_ids([piece for piece in pieces if isinstance(piece, str)]))
         parts = [[piece] if isinstance(piece, int) else next(ids) for piece in pieces]
-        encoded = self._encoder.by_bytes(
-            layout.text, np.array([i for part in parts for i in part], dtype=np.int64)
-        )
+        encoded = self._encoder.by_bytes(layout.text, [token for part in parts for token in part])
         if isinstance(encoded, ConversationError):
             raise encoded
         return encoded

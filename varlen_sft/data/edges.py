@@ -75,14 +75,14 @@ class TextEncoder:
         # The fast variant keeps no offsets, which may be trimmed and cannot split a character.
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [
-            self.by_bytes(text, np.array(encoding.ids, dtype=np.int64))
+            self.by_bytes(text, encoding.ids)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
 
-    def by_bytes(self, text: str, ids: np.ndarray) -> Encoded | ConversationError:
+    def by_bytes(self, text: str, ids: Sequence[int]) -> Encoded | ConversationError:
         """Place the tokens of a byte-level BPE, whose bytes have to be those of the text."""
         encoded = text.encode()
-        decoded = b"".join([self.token_bytes[token] for token in ids.tolist()])
+        decoded = b"".join(map(self.token_bytes.__getitem__, ids))
         if decoded != encoded:
             at = len(os.path.commonprefix([decoded, encoded]))
             return ConversationError(
@@ -90,8 +90,10 @@ class TextEncoder:
                 f"{encoded[at : at + 20]!r} at byte {at}, its tokens spell "
                 f"{decoded[at : at + 20]!r}"
             )
-        ends = np.cumsum(self._sizes[ids])
-        return Encoded(text, ids, ends - self._sizes[ids], ends, True)
+        array = np.array(ids, dtype=np.int64)
+        sizes = self._sizes[array]
+        ends = np.cumsum(sizes)
+        return Encoded(text, array, ends - sizes, ends, True)
 
     def _by_offsets(self, text: str, encoding: object) -> Encoded | ConversationError:
         ids = np.array(encoding.ids, dtype=np.int64)  # type: ignore[attr-defined]

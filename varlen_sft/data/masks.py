@@ -133,7 +133,7 @@ def answer_tokens(layout: Layout, encoded: Encoded, control: ControlTokens) -> n
             f"the stop token {answer.stop!r} of message {answer.number} is not a token of its "
             f"own: the answer ends in {tail!r}"
         )
-    return np.stack((first, last), axis=1)
+    return np.array((first, last)).T
 
 
 def straddled(layout: Layout, encoded: Encoded) -> list[int]:
@@ -159,7 +159,7 @@ def _tokens(encoded: Encoded, spans: tuple[tuple[int, int, int, int], ...]) -> n
     if not spans:
         return np.zeros((0, 2), dtype=np.int64)
     first, last = encoded.units([place for span in spans for place in span[:2]]).reshape(-1, 2).T
-    return np.stack(encoded.overlapping(first, last), axis=1)
+    return np.array(encoded.overlapping(first, last)).T
 
 
 def _trained(layout: Layout, options: MaskOptions, only_last: bool) -> set[int]:
