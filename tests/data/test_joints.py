@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.data.test_chat import CHATML, supervised, talk, train_tokenizer, with_template
 from tests.data.test_masks import THINKING, THOUGHT
+from varlen_sft.data import joints
 from varlen_sft.data import layout as layouts
 from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.conversation import Conversation, ConversationError, Message
@@ -115,3 +116,16 @@ def test_generation_tags_are_read_each_time(tiny_json, marked):
         marked.clear()
         assert supervised(tiny, tiny.encode(talk("a", "b"))) == ["b<|im_end|>"]
         assert marked
+
+
+def test_what_is_learned_does_not_pile_up(tiny_json, monkeypatch):
+    """A date in each row's variables makes each row a setting of its own."""
+    for module in (layouts, joints):
+        monkeypatch.setattr(module, "MOST_REMEMBERED", 8)
+    tiny = with_template(tiny_json, CHATML)
+    for day in range(30):
+        row = Conversation(talk("a", "b", "c", "d").messages, template_kwargs={"day": day})
+        assert supervised(tiny, tiny.encode(row)) == ["b<|im_end|>", "d<|im_end|>"]
+    planner = tiny.planner
+    assert len(planner._prompts) <= 10 and len(planner._endings) <= 9
+    assert len(planner._joints._known) <= 8 + 5

@@ -15,6 +15,9 @@ from varlen_sft.data.conversation import Conversation
 from varlen_sft.data.placed import Answer, Layout
 from varlen_sft.data.sample import ROLES
 
+MOST_REMEMBERED = 4096
+"""Template variables may be others in every row, and what is learned of each must not pile up."""
+
 _ROLE_IDS = {role: number for number, role in enumerate(ROLES)}
 
 
@@ -52,6 +55,8 @@ class Joints:
             m.content != m.content.strip() for m in messages
         ):
             return
+        if len(self._known) > MOST_REMEMBERED:
+            self._known.clear()
         answers = {answer.number: answer for answer in layout.answers}
         edges = [(0, 0), *((start, end) for start, end, _ in layout.owned), (len(text), 0)]
         for i, ((_, first), (last, _)) in enumerate(zip(edges, edges[1:], strict=False)):

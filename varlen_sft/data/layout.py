@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from varlen_sft.data.conversation import Conversation, ConversationError
-from varlen_sft.data.joints import Joints, is_plain
+from varlen_sft.data.joints import MOST_REMEMBERED, Joints, is_plain
 from varlen_sft.data.marks import Placed, common_prefix, place, render
 from varlen_sft.data.placed import Answer, Layout
 from varlen_sft.data.sample import ROLES
@@ -58,6 +58,9 @@ class Planner:
         text = render(self.template, conversation.messages, conversation)
         if quick and (found := self._joints.lay_out(setting, conversation, text)) is not None:
             return found
+        for learned in (self._prompts, self._endings):
+            if len(learned) > MOST_REMEMBERED:
+                learned.clear()
         layout = self._by_marks(conversation, text, only_last)
         if quick:
             self._joints.learn(setting, conversation, layout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
 
@@ -24,20 +23,14 @@ def describe_environment() -> dict[str, Any]:
 
     from varlen_sft import _extension
     from varlen_sft.ops.backends import backends
+    from varlen_sft.tools.environment import version_of
 
     devices = {"cpu": platform.machine()}
     if torch.cuda.is_available():
         devices["cuda"] = torch.cuda.get_device_name()
     return {
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | {p: version_of(p) for p in PACKAGES},
         "extension": _extension.status(),
         "devices": devices,
         "backends": {device: backends(device) for device in devices},
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -14,14 +14,14 @@ import torch
 
 from varlen_sft import _extension
 
-__all__ = ["environment"]
+__all__ = ["environment", "version_of"]
 
 
 def environment() -> dict[str, Any]:
     """What a table was measured on: versions, processor, threads, commit, date; no paths."""
     packages = ("varlen-sft", "torch", "transformers", "numpy")
     return {
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in packages},
+        "versions": {"python": platform.python_version()} | {p: version_of(p) for p in packages},
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "load_before": round(os.getloadavg()[0], 1),
@@ -32,7 +32,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Of an installed package, "not installed" for any other."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
