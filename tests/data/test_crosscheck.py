@@ -53,7 +53,7 @@ def test_both_ways_agree(thinking, name, history):
 def moved(layout: Layout, **by: int) -> Layout:
     first = layout.answers[0]
     changed = {name: getattr(first, name) + step for name, step in by.items()}
-    return replace(layout, answers=(replace(first, **changed), *layout.answers[1:]))
+    return replace(layout, answers=(first._replace(**changed), *layout.answers[1:]))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def planted(monkeypatch) -> None:
 
     def wrong(self: Planner, conversation: Conversation, only_last: bool = False) -> Layout:
         layout = lay_out(self, conversation, only_last)
-        late = tuple(replace(answer, start=answer.start + 1) for answer in layout.answers)
+        late = tuple(answer._replace(start=answer.start + 1) for answer in layout.answers)
         return replace(layout, answers=late)
 
     monkeypatch.setattr(Planner, "lay_out", wrong)

@@ -33,6 +33,7 @@ from tests.tools.doctor_cases import (
 )
 from varlen_sft.data import layout, rows
 from varlen_sft.data.control import ControlTokens
+from varlen_sft.data.sample import Sample
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def test_a_wrong_place_is_found_by_the_second_way(folder, monkeypatch):
 
     def late(*args, **kwargs):
         found = lay_out(*args, **kwargs)
-        answers = tuple(replace(a, start=a.start + 1) for a in found.answers)
+        answers = tuple(a._replace(start=a.start + 1) for a in found.answers)
         return replace(found, answers=answers)
 
     monkeypatch.setattr(layout.Planner, "lay_out", late)
@@ -211,10 +212,11 @@ def test_a_stop_token_that_is_not_trained(folder, monkeypatch):
     weigh = rows.weigh
 
     def silent(*args, **kwargs):
-        sample = weigh(*args, **kwargs)
-        stops = sample.input_ids == 2
-        sample.token_weights[stops] = 0
-        return sample
+        samples = weigh(*args, **kwargs)
+        for sample in samples:
+            if isinstance(sample, Sample):
+                sample.token_weights[sample.input_ids == 2] = 0
+        return samples
 
     monkeypatch.setattr(rows, "weigh", silent)
     found = asked(folder())

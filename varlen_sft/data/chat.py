@@ -24,7 +24,8 @@ from varlen_sft.data.conversation import ConversationError, Message, Row
 from varlen_sft.data.edges import Encoded, TextEncoder
 from varlen_sft.data.layout import Planner
 from varlen_sft.data.masks import MaskOptions
-from varlen_sft.data.rows import Job, RowEncoder, outcome
+from varlen_sft.data.placed import Job
+from varlen_sft.data.rows import RowEncoder, outcome
 from varlen_sft.data.sample import Sample
 from varlen_sft.errors import InputError
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from varlen_sft.data.template import ChatTemplate
 
 _T = TypeVar("_T")
-_BATCH, _AHEAD = 64, 2  # rows that the tokenizer is given at a time; batches that wait for it
+_BATCH, _AHEAD = 128, 2  # rows that the tokenizer is given at a time; batches that wait for it
 
 
 class ChatTokenizer:
@@ -158,12 +159,7 @@ class ChatTokenizer:
         tokens: Future[list[Encoded | ConversationError]],
         options: MaskOptions,
     ) -> Iterator[tuple[Sample, ...] | ConversationError]:
-        encoded = iter(tokens.result())
-        for row, made in zip(rows, jobs, strict=True):
-            if isinstance(made, ConversationError):
-                yield made
-            else:
-                yield outcome(self._rows.samples, row, made, [next(encoded) for _ in made], options)
+        return self._rows.samples(rows, jobs, tokens.result(), options)
 
     def cross_check(
         self, rows: Iterable[Row], options: MaskOptions | None = None

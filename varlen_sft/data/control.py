@@ -16,7 +16,8 @@ import numpy as np
 
 from varlen_sft.data.conversation import Conversation, ConversationError, strings_in
 from varlen_sft.data.edges import Encoded, TextEncoder, without_added_tokens
-from varlen_sft.data.layout import Layout
+from varlen_sft.data.placed import Layout
+from varlen_sft.data.spans import Spans
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -62,24 +63,23 @@ class ControlTokens:
         self._texts = {id: text for text, id in self.ids.items()}
         self._without: Tokenizer | None = None
 
-    def spelled(self, encoded: Encoded, layout: Layout) -> Iterator[Spelled]:
-        """Control tokens that have a character of what the data wrote."""
-        at = self.flags[0, encoded.ids].nonzero()[0]
-        if not len(at) or not layout.owned:
+    def spelled(self, spans: Spans) -> Iterator[tuple[int, Spelled]]:
+        """Control tokens that have a character of what the data wrote, each with its row."""
+        at = self.flags[0, spans.ids].nonzero()[0]
+        owned = spans.owned
+        if not len(at) or not len(owned.start):
             return
-        places = [place for owned in layout.owned for place in owned[:2]]
-        first, last = encoded.units(places).reshape(-1, 2).T
         # The last owned string that begins before the token ends; strings do not overlap.
-        near = np.searchsorted(first, encoded.ends[at]) - 1
-        hit = (near >= 0) & (last[near] > encoded.starts[at])
+        near = np.searchsorted(owned.start, spans.ends[at]) - 1
+        hit = (near >= 0) & (owned.end[near] > spans.starts[at])
         if not hit.any():
             return
-        numbers = [number for *_, number in layout.owned]
-        answers = {answer.number for answer in layout.answers}
-        for token, k in zip(encoded.ids[at[hit]].tolist(), near[hit].tolist(), strict=True):
-            text, in_answer = self._texts[token], numbers[k] in answers
+        answers = set(zip(spans.answers.row.tolist(), spans.answers.number.tolist(), strict=True))
+        for token, k in zip(spans.ids[at[hit]].tolist(), near[hit].tolist(), strict=True):
+            row, number, text = int(owned.row[k]), int(owned.number[k]), self._texts[token]
+            in_answer = (row, number) in answers
             if not in_answer or text in self.special:
-                yield Spelled(numbers[k], text, in_answer)
+                yield row, Spelled(number, text, in_answer)
 
     def check_settings(self, conversation: Conversation) -> None:
         """Raise ConversationError if what is not marked spells a control token.
@@ -88,7 +88,9 @@ class ControlTokens:
         values of their arguments: in a render they cannot be told from the template's own text.
         """
         for name in ("tools", "template_kwargs"):
-            for text in strings_in(getattr(conversation, name) or ()):
+            if not (given := getattr(conversation, name)):
+                continue
+            for text in strings_in(given):
                 if found := self._any.search(text):
                     raise ConversationError(f"{name} spell the control token {found.group()!r}")
         for number, message in enumerate(conversation.messages, 1):

@@ -139,13 +139,12 @@ def _check_message(number: int, message: Message) -> None:
     check_text(f"the content of message {number}", message.content)
     if message.reasoning_content is not None:
         check_text(f"the reasoning_content of message {number}", message.reasoning_content)
-    for name, given in (
-        ("reasoning_content", message.reasoning_content is not None),
-        ("tool_calls", bool(message.tool_calls)),
+    if message.role != "assistant" and (
+        message.tool_calls or message.reasoning_content is not None
     ):
-        if given and message.role != "assistant":
-            raise ConversationError(f"message {number} is from {message.role} and has {name!r}")
-    for text in strings_in(message.tool_calls):
+        name = "tool_calls" if message.reasoning_content is None else "reasoning_content"
+        raise ConversationError(f"message {number} is from {message.role} and has {name!r}")
+    for text in strings_in(message.tool_calls) if message.tool_calls else ():
         check_text(f"a string in the tool calls of message {number}", text)
     _check_weight(f"the weight of message {number}", message.weight)
 

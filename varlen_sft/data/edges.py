@@ -8,8 +8,9 @@ tokenizers tell offsets in characters, which may overlap there.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,10 @@ from varlen_sft.data.conversation import ConversationError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+
+_MOST_CHARACTERS = 100_000
+"""What is checked at once; it needs some 30 bytes for each."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,19 @@ class Encoded:
     ends: np.ndarray
     in_bytes: bool
 
+    def unit_table(self) -> np.ndarray | None:
+        """(characters + 1,) where each character begins, in units; None if a unit is one."""
+        if not self.in_bytes or self.text.isascii():
+            return None
+        codes = np.frombuffer(self.text.encode("utf-32-le"), dtype=np.uint32)
+        sizes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF).astype(np.int64)
+        return np.concatenate(([0], np.cumsum(sizes)))
+
     def units(self, places: Sequence[int]) -> np.ndarray:
         """Characters of the text in the units of starts and ends."""
         at = np.array(places, dtype=np.int64)
-        if not self.in_bytes or self.text.isascii():
-            return at
-        codes = np.frombuffer(self.text.encode("utf-32-le"), dtype=np.uint32)
-        sizes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF).astype(np.int64)
-        return np.concatenate(([0], np.cumsum(sizes)))[at]
-
-    def overlapping(self, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For spans [first, last) in units, the tokens [a, b) that have any of them."""
-        return np.searchsorted(self.ends, first, "right"), np.searchsorted(self.starts, last)
+        table = self.unit_table()
+        return at if table is None else table[at]
 
 
 class TextEncoder:
@@ -66,6 +72,8 @@ class TextEncoder:
         self.byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)
         self.token_bytes = token_bytes(self.tokenizer) if self.byte_level else []
         self._sizes = np.array([len(token) for token in self.token_bytes], dtype=np.int64)
+        self._begins = np.cumsum(self._sizes) - self._sizes
+        self._blob = np.frombuffer(b"".join(self.token_bytes), dtype=np.uint8)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded | ConversationError]:
         """Each text, or the reason why its tokens cannot be placed."""
@@ -74,10 +82,32 @@ class TextEncoder:
             return [self._by_offsets(t, e) for t, e in zip(texts, encodings, strict=True)]
         # The fast variant keeps no offsets, which may be trimmed and cannot split a character.
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [
-            self.by_bytes(text, encoding.ids)
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        ids = [encoding.ids for encoding in encodings]
+        found: list[Encoded | ConversationError] = []
+        for first, last in _groups(texts):
+            found += self._all_by_bytes(texts[first:last], ids[first:last])
+        return found
+
+    def _all_by_bytes(
+        self, texts: Sequence[str], ids: Sequence[Sequence[int]]
+    ) -> list[Encoded | ConversationError]:
+        """As ``by_bytes``, for many at once: the check costs a fifth of what it costs alone."""
+        encoded = [text.encode() for text in texts]
+        at = np.cumsum([0, *map(len, ids)])
+        flat = np.fromiter(chain.from_iterable(ids), np.int64, at[-1])
+        sizes = self._sizes[flat]
+        ends = np.concatenate(([0], np.cumsum(sizes)))
+        begins = np.cumsum([0, *map(len, encoded)])
+        spelled = np.repeat(self._begins[flat] - ends[:-1], sizes) + np.arange(ends[-1])
+        if not np.array_equal(ends[at], begins) or self._blob[spelled].tobytes() != b"".join(
+            encoded
+        ):
+            return [self.by_bytes(*pair) for pair in zip(texts, ids, strict=True)]
+        starts, ends = ends[:-1], ends[1:]
+        moved = np.repeat(begins[:-1], np.diff(at))
+        starts, ends = starts - moved, ends - moved
+        spans = zip(texts, at.tolist(), at[1:].tolist(), strict=False)
+        return [Encoded(t, flat[a:b], starts[a:b], ends[a:b], True) for t, a, b in spans]
 
     def by_bytes(self, text: str, ids: Sequence[int]) -> Encoded | ConversationError:
         """Place the tokens of a byte-level BPE, whose bytes have to be those of the text."""
@@ -107,6 +137,18 @@ class TextEncoder:
         if (np.diff(starts) < 0).any() or (np.diff(ends) < 0).any():
             return ConversationError("the tokenizer's offsets do not rise")
         return Encoded(text, ids, starts, ends, False)
+
+
+def _groups(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Neighbours [first, last) of so many characters at most, or one text alone."""
+    first = size = 0
+    for k, text in enumerate(texts):
+        if k > first and size + len(text) > _MOST_CHARACTERS:
+            yield first, k
+            first, size = k, 0
+        size += len(text)
+    if texts:
+        yield first, len(texts)
 
 
 def without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:

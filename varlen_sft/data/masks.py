@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from varlen_sft.data.control import ControlTokens
-from varlen_sft.data.conversation import Conversation, ConversationError
+from varlen_sft.data.control import ControlTokens, Spelled
+from varlen_sft.data.conversation import ConversationError
 from varlen_sft.data.edges import Encoded
-from varlen_sft.data.layout import Layout
+from varlen_sft.data.placed import Job, Layout
 from varlen_sft.data.sample import ROLES, Sample
+from varlen_sft.data.spans import Spans
 
 SupervisionMode = Literal["assistant", "last_assistant", "all", "roles"]
 History = Literal["as_rendered", "preserve", "per_assistant"]
@@ -70,79 +72,109 @@ _KNOWN = {
 
 
 def weigh(
-    conversation: Conversation,
-    layout: Layout,
-    encoded: Encoded,
-    options: MaskOptions,
-    control: ControlTokens,
-    only_last: bool = False,
-) -> Sample:
-    """Weights and roles of the tokens of one conversation.
+    jobs: Sequence[Job], encoded: Sequence[Encoded], options: MaskOptions, control: ControlTokens
+) -> list[Sample | Unclean | ConversationError]:
+    """Weights and roles of the tokens of conversations.
 
-    Args:
-        only_last: a row of its own for the last answer: nothing before the one before it counts.
-
-    Raises:
-        ConversationError: an answer does not begin and end with a token of its own.
+    Returns:
+        For each, its sample; or what keeps its text from being tokenised in one go; or why an
+        answer cannot be told from what follows it.
     """
-    spans = answer_tokens(layout, encoded, control)
-    roles = np.zeros(len(encoded.ids), dtype=np.uint8)
-    weights = np.full(len(encoded.ids), options.prompt_weight, dtype=np.float32)
-    if options.supervision_mode == "all":
-        weights[:] = 1
-    messages = conversation.messages
-    others = _tokens(encoded, layout.others).tolist()
-    for (_, _, role, number), (first, last) in zip(layout.others, others, strict=True):
-        roles[first:last] = role
-        if ROLES[role] in options.roles:
-            weights[first:last] = 1
-        if role == _ASSISTANT:
-            weights[first:last] = 0
-        elif messages[number - 1].weight != 1:
-            weights[first:last] *= messages[number - 1].weight
-    trained = _trained(layout, options, only_last)
-    for answer, (first, last) in zip(layout.answers, spans.tolist(), strict=True):
-        roles[first:last] = _ASSISTANT
-        weights[first:last] = messages[answer.number - 1].weight * (answer.number in trained)
+    if not jobs:
+        return []
+    spans = Spans(encoded, [job.layout for job in jobs])
+    wrong: dict[int, Unclean | ConversationError] = {}
+    wrong.update(_unproven(jobs, spans, control))
+    wrong.update(unclean(spans, control))
+    weights, roles = _weights_and_roles(jobs, spans, options)
     if options.mask_special_tokens:
-        special = control.flags[1, encoded.ids]
-        special[spans[:, 1] - 1] = False
+        special = control.flags[1, spans.ids]
+        special[spans.answers.last - 1] = False
         weights[special] = 0
-    if only_last:
-        weights[: _history_end(layout, encoded)] = 0
-    return Sample(encoded.ids.astype(np.int32), balanced(weights, options), roles)
+    ids = spans.ids.astype(np.int32)
+
+    def sample(k: int) -> Sample:
+        at = slice(spans.token_at[k], spans.token_at[k + 1])
+        own = weights[at].copy()  # copies: a sample that is kept must not keep its batch
+        if jobs[k].only_last:
+            own[: _history_end(jobs[k].layout, encoded[k])] = 0
+        return Sample(ids[at].copy(), balanced(own, options), roles[at].copy())
+
+    return [wrong[k] if k in wrong else sample(k) for k in range(len(jobs))]
 
 
-def answer_tokens(layout: Layout, encoded: Encoded, control: ControlTokens) -> np.ndarray:
-    """(answers, 2) the tokens [first, last) of each answer, its stop token the last of them.
+class Unclean(NamedTuple):
+    """Why one tokenisation of a text will not do.
 
-    Raises:
-        ConversationError: a token reaches over the end of an answer or of its stop token.
+    ``spelled``: what the data wrote became control tokens. ``cuts``: the starts of answers, in
+    characters, that a token reaches over: part header, part answer.
     """
-    places = [place for a in layout.answers for place in (a.start, a.stop_start, a.end)]
-    start, stop_start, end = encoded.units(places).reshape(-1, 3).T
-    first, last = encoded.overlapping(start, end)
-    stop = last - 1
-    proven = encoded.starts[first] >= start
-    proven &= (encoded.starts[stop] == stop_start) & (encoded.ends[stop] == end)
-    proven &= encoded.ids[stop] == [control.ids.get(a.stop, -1) for a in layout.answers]
-    if not proven.all():
-        answer = layout.answers[int(proven.argmin())]
-        tail = layout.text[max(answer.start, answer.stop_start - 12) : answer.end + 4]
-        raise ConversationError(
+
+    spelled: tuple[Spelled, ...]
+    cuts: tuple[int, ...]
+
+
+def unclean(spans: Spans, control: ControlTokens) -> dict[int, Unclean]:
+    """The rows that have to be tokenised in pieces, by their index."""
+    spelled: dict[int, list[Spelled]] = {}
+    for row, one in control.spelled(spans):
+        spelled.setdefault(row, []).append(one)
+    cuts: dict[int, list[int]] = {}
+    first = np.minimum(spans.answers.first, len(spans.ids) - 1)
+    for k in (spans.starts[first] < spans.answers.start).nonzero()[0].tolist():
+        cuts.setdefault(int(spans.answers.row[k]), []).append(spans.said[k].start)
+    return {
+        row: Unclean(tuple(spelled.get(row, ())), tuple(cuts.get(row, ())))
+        for row in {*spelled, *cuts}
+    }
+
+
+def _unproven(
+    jobs: Sequence[Job], spans: Spans, control: ControlTokens
+) -> dict[int, ConversationError]:
+    """The rows with an answer whose stop token is not a token of its own, by their index."""
+    stop = spans.answers.last - 1
+    proven = (spans.starts[stop] == spans.stop_starts) & (spans.ends[stop] == spans.answers.end)
+    proven &= spans.ids[stop] == [control.ids.get(answer.stop, -1) for answer in spans.said]
+    wrong: dict[int, ConversationError] = {}
+    for k in (~proven).nonzero()[0].tolist():
+        answer, row = spans.said[k], int(spans.answers.row[k])
+        text = jobs[row].layout.text[max(answer.start, answer.stop_start - 12) : answer.end + 4]
+        reason = (
             f"the stop token {answer.stop!r} of message {answer.number} is not a token of its "
-            f"own: the answer ends in {tail!r}"
+            f"own: the answer ends in {text!r}"
         )
-    return np.array((first, last)).T
+        wrong.setdefault(row, ConversationError(reason))
+    return wrong
 
 
-def straddled(layout: Layout, encoded: Encoded) -> list[int]:
-    """The starts of answers (characters) that a token reaches over: part header, part answer."""
-    starts = [answer.start for answer in layout.answers]
-    units = encoded.units(starts)
-    at = np.minimum(np.searchsorted(encoded.ends, units, "right"), len(encoded.ids) - 1)
-    over = encoded.starts[at] < units
-    return np.array(starts)[over].tolist() if over.any() else []
+def _weights_and_roles(
+    jobs: Sequence[Job], spans: Spans, options: MaskOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) float32, before special tokens and earlier answers are taken out, and (N,) uint8.
+
+    A token that two messages share is the later one's, but an answer's before all.
+    """
+    whole = 1.0 if options.supervision_mode == "all" else options.prompt_weight
+    weights = np.full(len(spans.ids), whole, dtype=np.float32)
+    roles = np.zeros(len(spans.ids), dtype=np.uint8)
+    messages = [message.weight for job in jobs for message in job.conversation.messages]
+    own = np.array(messages, dtype=np.float32)
+    before = np.cumsum([0, *(len(job.conversation.messages) for job in jobs)])
+    chosen = np.isin(spans.roles, [ROLES.index(role) for role in options.roles])
+    others = np.where(chosen, 1, whole) * (spans.roles != _ASSISTANT)
+    # Where one answer alone is trained, the others are not laid out as answers.
+    trained = options.supervision_mode != "roles" or "assistant" in options.roles
+    answers = np.full(len(spans.said), trained)
+    for places, role, factors in (
+        (spans.others, spans.roles, others),
+        (spans.answers, np.full(len(answers), _ASSISTANT), answers),
+    ):
+        at, which = places.tokens()
+        factors = own[before[places.row] + places.number - 1] * factors
+        weights[at] = factors.astype(np.float32)[which]
+        roles[at] = role.astype(np.uint8)[which]
+    return weights, roles
 
 
 def _history_end(layout: Layout, encoded: Encoded) -> int:
@@ -155,25 +187,9 @@ def _history_end(layout: Layout, encoded: Encoded) -> int:
     return int(np.searchsorted(encoded.starts, encoded.units([start])[0]))
 
 
-def _tokens(encoded: Encoded, spans: tuple[tuple[int, int, int, int], ...]) -> np.ndarray:
-    if not spans:
-        return np.zeros((0, 2), dtype=np.int64)
-    first, last = encoded.units([place for span in spans for place in span[:2]]).reshape(-1, 2).T
-    return np.array(encoded.overlapping(first, last)).T
-
-
-def _trained(layout: Layout, options: MaskOptions, only_last: bool) -> set[int]:
-    """Numbers of the answers that are trained."""
-    if options.supervision_mode == "roles" and "assistant" not in options.roles:
-        return set()
-    if only_last or options.supervision_mode == "last_assistant":
-        return {layout.answers[-1].number}
-    return {answer.number for answer in layout.answers}
-
-
 def balanced(weights: np.ndarray, options: MaskOptions) -> np.ndarray:
     """The weights, of a sum of 1 if ``equal_sample_weight`` is asked for."""
+    if not options.equal_sample_weight:
+        return weights
     total = weights[1:].sum(dtype=np.float64)  # the first token is no target
-    if options.equal_sample_weight and total > 0:
-        weights = (weights / total).astype(np.float32)
-    return weights
+    return (weights / total).astype(np.float32) if total > 0 else weights

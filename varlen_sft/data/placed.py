@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["Answer", "Layout"]
+from varlen_sft.data.conversation import Conversation
+
+__all__ = ["Answer", "Job", "Layout"]
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """One assistant turn: text[start:stop_start] is said, text[stop_start:end] is ``stop``."""
 
     number: int  # of the message, from 1, for errors
@@ -32,3 +34,12 @@ class Layout:
     others: tuple[tuple[int, int, int, int], ...]
     owned: tuple[tuple[int, int, int], ...]
     rewritten: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversation to tokenise; its last answer alone counts if ``only_last``."""
+
+    conversation: Conversation
+    layout: Layout
+    only_last: bool

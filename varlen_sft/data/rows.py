@@ -1,24 +1,26 @@
-"""One row on its way: what to tokenise, and what its tokens weigh."""
+"""Rows on their way: what to tokenise, and what their tokens weigh."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from varlen_sft.data.control import ControlTokens, Spelled
+from varlen_sft.data.control import ControlTokens
 from varlen_sft.data.conversation import Conversation, ConversationError, Row, Text, Tokens
 from varlen_sft.data.crosscheck import disagreement
 from varlen_sft.data.edges import Encoded, TextEncoder
-from varlen_sft.data.layout import Layout, Planner
-from varlen_sft.data.masks import MaskOptions, straddled, weigh
+from varlen_sft.data.layout import Planner
+from varlen_sft.data.masks import MaskOptions, Unclean, unclean, weigh
 from varlen_sft.data.normalise import normalised
+from varlen_sft.data.placed import Job, Layout
 from varlen_sft.data.plain import PlainEncoder, tokens_sample
 from varlen_sft.data.sample import Sample
 from varlen_sft.data.search import AnswerSearch
+from varlen_sft.data.spans import Spans
 
 _T = TypeVar("_T")
 _KEEP_HISTORY = {
@@ -30,13 +32,12 @@ _KEEP_HISTORY = {
 """Variables by which templates are asked to leave earlier thinking in; each knows at most one."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One row to tokenise: of a conversation, its last answer alone if ``only_last``."""
+class _Pieces(NamedTuple):
+    """The tokens of a text that was cut, where, and whether it spells control tokens."""
 
-    conversation: Conversation
-    layout: Layout
-    only_last: bool
+    encoded: Encoded
+    cuts: Sequence[int]
+    spelled: bool
 
 
 class RowEncoder:
@@ -88,61 +89,100 @@ class RowEncoder:
 
     def samples(
         self,
-        row: Row,
+        rows: Sequence[Row],
+        jobs: Sequence[list[Job] | ConversationError],
+        encoded: Sequence[Encoded | ConversationError],
+        options: MaskOptions,
+    ) -> Iterator[tuple[Sample, ...] | ConversationError]:
+        """For each row its samples, or why its masks cannot be proven.
+
+        Args:
+            jobs: what ``jobs`` made of each row.
+            encoded: the tokens of all jobs, one after the other.
+        """
+        flat = [job for made in jobs if isinstance(made, list) for job in made]
+        weighed = iter(self._weighed(flat, encoded, options))
+        for row, made in zip(rows, jobs, strict=True):
+            if isinstance(made, ConversationError):
+                yield made
+            elif isinstance(row, Conversation):
+                yield _together([next(weighed) for _ in made], options)
+            else:
+                yield outcome(self._without_template, row, options)
+
+    def _without_template(self, row: Text | Tokens, options: MaskOptions) -> tuple[Sample, ...]:
+        if isinstance(row, Text):
+            return (self._plain.encode(row, options),)
+        return (tokens_sample(row, options, self._search),)
+
+    def _weighed(
+        self,
         jobs: Sequence[Job],
         encoded: Sequence[Encoded | ConversationError],
         options: MaskOptions,
-    ) -> tuple[Sample, ...]:
-        """The samples of a row; raises ConversationError where its masks cannot be proven."""
-        if isinstance(row, Text):
-            return (self._plain.encode(row, options),)
-        if isinstance(row, Tokens):
-            return (tokens_sample(row, options, self._search),)
-        pairs = zip(jobs, encoded, strict=True)
-        samples = tuple(self._sample(job, tokens, options) for job, tokens in pairs)
-        trained = options.history != "per_assistant"
-        return samples if trained else tuple(s for s in samples if s.token_weights[1:].any())
+    ) -> list[Sample | ConversationError]:
+        made = self._weigh(jobs, encoded, options)
+        found = {k: one for k, one in enumerate(made) if isinstance(one, Unclean)}
+        pieces = {
+            k: outcome(self._in_pieces, jobs[k].layout, one, options) for k, one in found.items()
+        }
+        tokens = [one.encoded if isinstance(one, _Pieces) else one for one in pieces.values()]
+        again = self._weigh([jobs[k] for k in pieces], tokens, options)
+        for k, one in zip(pieces, again, strict=True):
+            if isinstance(one, Unclean):  # tokens end where their text was cut
+                one = ConversationError("the tokenizer does not keep to the places of a cut")
+            made[k] = one
+        for job, one in zip(jobs, made, strict=True):
+            if isinstance(one, Sample):
+                self.counts["rewritten_turns"] += len(job.layout.rewritten)
+        for k, cut in pieces.items():
+            if isinstance(cut, _Pieces) and isinstance(made[k], Sample):
+                self.counts["straddles_cut"] += len(cut.cuts)
+                self.counts["spelled_control"] += cut.spelled
+        return made
 
-    def _sample(
-        self, job: Job, encoded: Encoded | ConversationError, options: MaskOptions
-    ) -> Sample:
-        if isinstance(encoded, ConversationError):
-            raise encoded
-        spelled = list(self._control.spelled(encoded, job.layout))
-        self._refuse(spelled, options)
-        if spelled:
-            encoded = self._control.encode_as_text(job.layout)
-        cuts = straddled(job.layout, encoded)
-        if cuts:
-            encoded = self._control.encode_as_text(job.layout, cuts)
-        sample = weigh(job.conversation, job.layout, encoded, options, self._control, job.only_last)
-        self.counts["straddles_cut"] += len(cuts)
-        self.counts["spelled_control"] += bool(spelled)
-        self.counts["rewritten_turns"] += len(job.layout.rewritten)
-        return sample
+    def _weigh(
+        self,
+        jobs: Sequence[Job],
+        encoded: Sequence[Encoded | ConversationError],
+        options: MaskOptions,
+    ) -> list[Any]:
+        """As ``masks.weigh``, where some texts have no tokens."""
+        made: list[Any] = list(encoded)
+        good = [k for k, one in enumerate(encoded) if isinstance(one, Encoded)]
+        tokens: list[Any] = [encoded[k] for k in good]
+        weighed = weigh([jobs[k] for k in good], tokens, options, self._control)
+        for k, one in zip(good, weighed, strict=True):
+            made[k] = one
+        return made
 
-    def _refuse(self, spelled: Sequence[Spelled], options: MaskOptions) -> None:
-        for one in spelled:
+    def _in_pieces(self, layout: Layout, found: Unclean, options: MaskOptions) -> _Pieces:
+        for one in found.spelled:
             if one.in_answer and options.on_control == "error":
                 raise one.error()
+        cuts = found.cuts
+        if found.spelled:
+            encoded = self._control.encode_as_text(layout)
+            again = unclean(Spans([encoded], [layout]), self._control).get(0)
+            cuts = again.cuts if again else ()
+        if cuts or not found.spelled:
+            encoded = self._control.encode_as_text(layout, cuts)
+        return _Pieces(encoded, cuts, bool(found.spelled))
 
     def check(self, row: Row, options: MaskOptions) -> ConversationError | None:
         """Why the second way disagrees, None where it does not or has nothing to say."""
         made = outcome(self.jobs, row, options)
         for job in made if isinstance(made, list) else ():
-            arguments = (
-                self._planner.template,
-                job.conversation,
-                job.layout,
-                self._planner.turns.find_stop,
+            found = disagreement(
+                self._planner.template, job.conversation, job.layout, self._planner.turns.find_stop
             )
-            if (found := disagreement(*arguments)) is not None:
+            if found is not None:
                 return found
             (encoded,) = self._encoder.encode([job.layout.text])
             if isinstance(encoded, ConversationError) or not encoded.in_bytes:
                 continue
             apart = outcome(self._control.encode_as_text, job.layout)
-            spelled = any(self._control.spelled(encoded, job.layout))
+            spelled = any(self._control.spelled(Spans([encoded], [job.layout])))
             same = isinstance(apart, Encoded) and np.array_equal(apart.ids, encoded.ids)
             if not spelled and not same:
                 return ConversationError(
@@ -150,6 +190,19 @@ class RowEncoder:
                     + (str(apart) if isinstance(apart, ConversationError) else "the ids differ")
                 )
         return None
+
+
+def _together(
+    made: Sequence[Sample | ConversationError], options: MaskOptions
+) -> tuple[Sample, ...] | ConversationError:
+    """The samples of one row; the first reason if any of them cannot be."""
+    for one in made:
+        if isinstance(one, ConversationError):
+            return one
+    samples = tuple(one for one in made if isinstance(one, Sample))
+    if options.history != "per_assistant":
+        return samples
+    return tuple(sample for sample in samples if sample.token_weights[1:].any())
 
 
 def outcome(step: Callable[..., _T], *arguments: Any) -> _T | ConversationError:
