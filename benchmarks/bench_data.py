@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+import script
 from rich.table import Table
 
 HELP = """\
@@ -32,7 +32,6 @@ All render ChatML; TRL needs generation tags in its template, ours and the bound
 Ours, TRL and prefix have to give the same ids and labels; nothing is printed otherwise. Once with
 one thread of the tokenizer and once with all, each in a process of its own; rounds are interleaved.
 """
-RESULTS = Path(__file__).parent / "results" / "bench_data.json"
 TAGGED_CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
@@ -210,42 +209,36 @@ def table(result: dict[str, Any], goals: tuple[float, float]) -> Table:
         values = (rows / value, value / seconds["bound"], seconds["TRL"] / value)
         shown.add_row(name, f"{values[0]:.0f}", f"{values[1]:.2f}", f"{values[2]:.2f}")
     over, faster = seconds["ours"] / seconds["bound"], seconds["TRL"] / seconds["ours"]
-    shown.caption = (
-        f"{'met' if over <= goals[0] else 'NOT MET'}: {over:.2f}x the bound's time, at most "
-        f"{goals[0]}\n{'met' if faster >= goals[1] else 'NOT MET'}: {faster:.2f}x TRL's speed, "
-        f"at least {goals[1]}"
+    shown.caption = "\n".join(
+        [
+            script.goal(over <= goals[0], f"{over:.2f}x the bound's time, at most {goals[0]}"),
+            script.goal(faster >= goals[1], f"{faster:.2f}x TRL's speed, at least {goals[1]}"),
+        ]
     )
     return shown
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.parser(HELP, __file__)
     parser.add_argument("--model", type=Path, help="folder of a tokenizer (default: SmolLM2)")
     parser.add_argument("--count", type=int, default=3000, help="conversations (default: 3000)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(worker(args)))
         return 0
     from varlen_sft.tools.environment import environment
-    from varlen_sft.tools.step_table import stamp
 
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = script.console()
     with tempfile.TemporaryDirectory() as folder:
         args.model = tagged_chatml(args.model, Path(folder))
         results = {}
         for threads, goals in GOALS.items():
             results[str(threads)] = result = measure(args, str(threads))
             console.print(table(result, goals))
-    stamped = environment()
-    console.print(stamp(stamped), highlight=False)
-    args.json.write_text(json.dumps({"environment": stamped, "threads": results}, indent=1) + "\n")
-    return 0
+    return script.finish(console, args.json, environment(), {"threads": results})
 
 
 def tagged_chatml(model: Path | None, folder: Path) -> Path:

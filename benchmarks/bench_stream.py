@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+import script
 from rich.table import Table
+from stream_order import PACKS, balance, edges, epochs, lognormal, spent, stream_of, table
 
 HELP = """\
 Streams a prepared set of lognormal(6.1, 1.0) tokens a sample, in steps of 8 packs for one rank.
@@ -29,19 +27,14 @@ Waiting: a trainer that takes so many tokens a second waits for what share of it
 as one that waits for a GPU, or it computes in Python without a pause, the worst that can be: then
 also how much longer it takes than without a stream.
 
-Order: for a million samples, the seconds to the first step, to the first one of the next epoch, and
-to the step after a resume in the middle of an epoch, and the bytes of the state there.
+Order, from lengths alone: the seconds to the first step, and to the step after a resume in the
+middle of an epoch, with the bytes of the state there; the longest wait at the edge of an epoch or
+of a window, packed when it is asked for or ahead of that; how even the ranks' micro-batches are.
 """
-RESULTS = Path(__file__).parent / "results" / "bench_stream.json"
 SIZES = (4096, 32768)
-PACKS = 8
 TOKENS_PER_SECOND = (100_000, 400_000, 1_600_000)
+TURNS = 500_000  # of a loop in Python, to know how long one takes
 STALLED = 0.02  # the most that a trainer may wait
-
-
-def lengths_of(count: int, seed: int) -> np.ndarray:
-    drawn = np.random.default_rng(seed).lognormal(6.1, 1.0, count).astype(np.int32)
-    return np.clip(drawn, 2, SIZES[0] + 1)
 
 
 def written(folder: Path, count: int, seed: int) -> Any:
@@ -57,22 +50,8 @@ def written(folder: Path, count: int, seed: int) -> Any:
         ids = draw.integers(0, 100_000, length, dtype=np.int32)
         return Sample(ids, weights, np.zeros(length, np.uint8))
 
-    write_store(folder / "set", map(sample, lengths_of(count, seed).tolist()))
+    write_store(folder / "set", map(sample, lognormal(6.1, 1.0, count, SIZES[0], seed).tolist()))
     return Store(folder / "set")
-
-
-def stream_of(source: Any, max_tokens: int, *, workers: int = 0, **order: Any) -> Any:
-    from varlen_sft.data.stream import OrderOptions, PackStream, StreamOptions
-
-    options = OrderOptions(max_tokens=max_tokens, packs_per_step=PACKS, **order)
-    return PackStream([source], options, StreamOptions(accumulate=PACKS, workers=workers))
-
-
-def table(title: str, name: str, *figures: str) -> Table:
-    shown = Table(name, title=title, caption_justify="left")
-    for figure in figures:
-        shown.add_column(figure, justify="right")
-    return shown
 
 
 # ----------------------------------------------------------------------- rates
@@ -141,7 +120,14 @@ def rates(source: Any, size: int, rounds: int) -> dict[str, list[float]]:
 
 
 def rates_table(found: dict[str, list[float]], size: int) -> Table:
-    shown = table(f"packs of {size:,}", "candidate", "Mtokens/s", "from", "to", "ms a pack")
+    shown = table(
+        f"Steps as fast as they come: packs of {size:,}",
+        "candidate",
+        "Mtokens/s",
+        "from",
+        "to",
+        "ms a pack",
+    )
     for name, runs in found.items():
         middle = statistics.median(runs)
         values = (middle / 1e6, min(runs) / 1e6, max(runs) / 1e6, 1e3 * size / middle)
@@ -161,28 +147,22 @@ def compute(turns: int) -> int:
 
 
 def waiting(source: Any, size: int, per_second: int, workers: int, busy: bool) -> dict[str, float]:
-    """Share of waiting, and the trainer's own time over what it is alone."""
+    """Share of waiting, and the trainer's own median time for a step over what it is alone."""
     seconds = PACKS * size / per_second
     steps = min(60, max(6, round(1.5 / seconds)))
-    turns = round(seconds * 2_000_000 / spent(lambda: compute(2_000_000), 1))
+    turns = round(seconds * TURNS / min(spent(lambda: compute(TURNS)) for _ in range(5)))
     work = (lambda: compute(turns)) if busy else (lambda: time.sleep(seconds))
-    alone = spent(work, steps)
-    stream, inside = stream_of(source, size, workers=workers), 0.0
-    for _ in islice(stream, steps):
-        inside += spent(work, 1)
-    return {"waited": stream.stall.share, "slower": inside / alone - 1}
-
-
-def spent(work: Callable[[], Any], times: int) -> float:
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    return time.perf_counter() - start
+    alone = [spent(work) for _ in range(steps // 2)]
+    stream = stream_of(source, size, workers=workers)
+    inside = [spent(work) for _ in islice(stream, steps)]
+    alone += [spent(work) for _ in range(steps - steps // 2)]
+    slower = statistics.median(inside) / statistics.median(alone) - 1
+    return {"waited": stream.stall.share, "slower": slower}
 
 
 def waits(source: Any) -> tuple[list[dict[str, Any]], Table]:
-    title = f"packs of {SIZES[0]:,}"
-    shown = table(title, "trainer", "tokens/s", "workers", "waits", "own time")
+    title = f"A trainer that waits for steps of {PACKS} packs of {SIZES[0]:,}"
+    shown = table(title, "trainer", "tokens/s", "threads", "waits", "own time")
     found = []
     for busy, per_second, workers in product((False, True), TOKENS_PER_SECOND, (0, 1, 2)):
         of = waiting(source, SIZES[0], per_second, workers, busy)
@@ -192,55 +172,22 @@ def waits(source: Any) -> tuple[list[dict[str, Any]], Table]:
         shown.add_row(kind, f"{per_second:,}", str(workers), waited, slower)
     one = [of for of in found if of["workers"] == 1 and of["trainer"] == "asleep"]
     worst = max(of["waited"] for of in one if of["per_second"] < max(TOKENS_PER_SECOND))
-    met = "met" if worst <= STALLED else "NOT MET"
-    shown.caption = f"{met}: with 1 thread {worst:.2%} at most, asleep and below 1.6M tokens/s"
-    return found, shown
-
-
-# ----------------------------------------------------------------------- order
-
-
-class Lengths:
-    """A source that is asked for lengths alone."""
-
-    fingerprint = "lengths"
-
-    def __init__(self, lengths: np.ndarray) -> None:
-        self.lengths = self.supervised = lengths
-
-
-def order(count: int, seed: int) -> tuple[dict[str, Any], Table]:
-    title = f"{count:,} samples, packs of {SIZES[0]:,}"
-    shown = table(title, "packs", "first step s", "next epoch s", "resume s", "state bytes")
-    source, found = Lengths(lengths_of(count, seed)), {}
-    for method in ("planned", "streaming"):
-        make = partial(stream_of, source, SIZES[0], method=method)
-        first = spent(lambda make=make: make().order.step(0, 0), 1)
-        stream = make()
-        middle = stream.order.step(0, stream.order.steps(0) // 2)
-        text = json.dumps(stream.state_dict() | {"step": middle.step, "window": middle.start})
-        following = spent(lambda stream=stream: stream.order.step(1, 0), 1)
-        resume = spent(lambda make=make, text=text: make().load_state_dict(json.loads(text)), 1)
-        found[method] = {"first": first, "next": following, "resume": resume, "bytes": len(text)}
-        shown.add_row(method, *(f"{s:.2f}" for s in (first, following, resume)), str(len(text)))
+    said = f"with 1 thread {worst:.2%} at most, asleep and below 1.6M tokens/s"
+    shown.caption = script.goal(worst <= STALLED, said)
     return found, shown
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script.parser(HELP, __file__)
     parser.add_argument("--samples", type=int, default=20_000, help="(default: 20,000)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--order", type=int, default=1_000_000, help="samples (default: 1,000,000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args()
     from varlen_sft.tools.environment import environment
-    from varlen_sft.tools.step_table import stamp
 
     stamped, results = environment(), {}
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = script.console()
     with tempfile.TemporaryDirectory() as folder:
         source = written(Path(folder), args.samples, args.seed)
         for size in SIZES:
@@ -248,11 +195,11 @@ def main() -> int:
             console.print(rates_table(found, size))
         results["waiting"], shown = waits(source)
         console.print(shown)
-    results["order"], shown = order(args.order, args.seed)
-    console.print(shown, stamp(stamped), highlight=False)
-    args.json.parent.mkdir(exist_ok=True)
-    args.json.write_text(json.dumps({"environment": stamped} | results, indent=1) + "\n")
-    return 0
+    for name, of in (("epochs", epochs), ("edges", edges), ("balance", balance)):
+        count = args.order // 5 if name == "balance" else args.order
+        results[name], shown = of(count, args.seed)
+        console.print(shown)
+    return script.finish(console, args.json, stamped, results)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,42 @@ def test_the_lines_you_have_run_too(folder):
     exec(BLOCKS[0], names | {"AutoModelForCausalLM": AutoModelForCausalLM})
 
 
+class Enough(Exception):
+    """The loop over a stream has no end."""
+
+
+def test_the_lines_that_stream_go_on_where_they_stopped(tmp_path, monkeypatch):
+    from tests.data.streams import Made, lengths
+    from varlen_sft.data.store_write import write_store
+
+    monkeypatch.chdir(tmp_path)
+    made = Made(lengths(3000, most=2000))
+    Path("data").mkdir()
+    write_store("data/chats", map(made.sample, range(3000)))
+
+    def run(steps: int) -> list:
+        seen: list = []
+
+        def train(batches, counts):
+            seen.append([batch.input_ids.sum().item() for batch in batches])
+            assert [of.tokens for of in counts] == [len(batch.input_ids) for batch in batches]
+            if len(seen) > steps:
+                raise Enough
+
+        names = {"rank": 0, "ranks": 4, "state": tmp_path / "stream.json", "train": train}
+        with pytest.raises(Enough):
+            exec(BLOCKS[2], names)
+        return seen
+
+    first = run(3)
+    assert all(len(step) == 8 for step in first)  # 32 packs, a quarter of them, one each
+    assert run(2)[0] == first[3]  # the step that was not finished
+    (tmp_path / "stream.json").unlink()
+    assert run(5)[:4] == first
+
+
 def test_the_names_that_are_listed_exist():
-    exec(BLOCKS[2], {})
+    exec(BLOCKS[3], {})
     import varlen_sft
 
     listed = re.findall(r"^\| (`.*?) \|", README, flags=re.M)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -83,6 +84,11 @@ def talk(*contents: str, system: str | None = None) -> Conversation:
     return Conversation(tuple(messages))
 
 
+def calling(argument: str, **fields) -> Message:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"q": argument}}}
+    return Message("assistant", tool_calls=(call,), **fields)
+
+
 TALK = talk("hello", "it is.", "what?", "world", "is it", "x", system="world")
 
 
@@ -93,17 +99,17 @@ WORDS = st.lists(
 
 @st.composite
 def conversations(draw: st.DrawFn, weights: bool = False) -> Conversation:
-    """Up to six turns, some with a tool call and its result."""
+    """Up to six turns, some with tool calls and their results."""
     system = draw(st.sampled_from([None, "hello", "world it is."]))
     messages = [] if system is None else [Message("system", system)]
     for turn in range(draw(st.integers(1, 6))):
         messages.append(Message("user", f"q{turn}" + draw(WORDS)))
-        if draw(st.integers(0, 3)) == 0:
-            call = {"type": "function", "function": {"name": "f", "arguments": {"q": f"c{turn}"}}}
-            messages.append(Message("assistant", tool_calls=(call,)))
-            messages.append(Message("tool", f"r{turn}" + draw(WORDS)))
-        weight = draw(st.sampled_from([0.0, 0.5, 1.0])) if weights else 1.0
-        messages.append(Message("assistant", f"a{turn}" + draw(WORDS), weight=weight))
+        weight = st.sampled_from([0.0, 0.5, 1.0]) if weights else st.just(1.0)
+        for step in range(max(0, draw(st.integers(-3, 3)))):
+            messages.append(calling(f"c{turn}{step}", weight=draw(weight)))
+            for _ in range(draw(st.integers(1, 2))):
+                messages.append(Message("tool", f"r{turn}" + draw(WORDS)))
+        messages.append(Message("assistant", f"a{turn}" + draw(WORDS), weight=draw(weight)))
     return Conversation(tuple(messages))
 
 
@@ -155,6 +161,19 @@ def prefix(conversation: Conversation, turns: int) -> Conversation:
 
 def turn(conversation: Conversation, index: int) -> Conversation:
     return Turns.of(conversation).part(index, index + 1)
+
+
+def longest(
+    conversation: Conversation, limit: int, template: str = "chatml"
+) -> Conversation | None:
+    """Its first messages, as many as fit and end with a trained answer."""
+    for end in range(len(conversation.messages), 0, -1):
+        last = conversation.messages[end - 1]
+        if last.role == "assistant" and last.weight:
+            part = replace(conversation, messages=conversation.messages[:end])
+            if rows_of(part, template) <= limit:
+                return part
+    return None
 
 
 def is_part_of(few: list[int], many: list[int]) -> bool:

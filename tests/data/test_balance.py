@@ -55,6 +55,19 @@ def test_the_steps_of_a_window_by_hand():
         assert steps == [[0, 1], [2, 3], [4, 5], [6]]
 
 
+def test_the_last_step_of_an_epoch_has_the_cheapest_packs():
+    for count in (6, 7, 8):
+        costs = np.random.default_rng(count).permutation(count)
+        steps = [costs[s].tolist() for s in steps_of_window(costs, 2, "window", (0,), last=True)]
+        assert steps[-1] == [0, 1][: 2 - count % 2]
+    assert [len(s) for s in steps_of_window(np.arange(2), 4, "window", (0,), last=True)] == [2]
+    whole = epoch_steps(np.random.default_rng(1).permutation(40), 4, window=5)
+    costs = np.random.default_rng(1).permutation(40)
+    assert sorted(costs[whole[-1]].tolist())[0] == 0
+    last = np.concatenate(whole[5:])  # the second of two windows
+    assert sorted(costs[whole[-1]].tolist()) == sorted(costs[last].tolist())[:4]
+
+
 @given(COSTS, st.integers(1, 9), st.integers(1, 9), st.sampled_from(["window", "step", "none"]))
 def test_every_pack_is_in_one_step(costs, packs_per_step, window, balance):
     options = {"balance": balance, "window": window, "seed": 3}

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
+from tests.data.sizes import LLAMA_1B, LLAMA_2_7B, TINY, TINY_HF
 from varlen_sft.data.costs import ModelSizes, pack_costs, training_flops
 from varlen_sft.data.packing import Packs
-
-LLAMA_1B = ModelSizes(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_layers=16,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=64,
-)
-LLAMA_2_7B = ModelSizes(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-)
-TINY = ModelSizes(
-    vocab_size=11,
-    hidden_size=6,
-    intermediate_size=10,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=2,
-)
+from varlen_sft.errors import InputError
 
 
 def products(sizes: ModelSizes, lengths: list[int], supervised: int) -> int:
@@ -60,18 +36,7 @@ def test_the_layers_are_two_flops_per_weight():
     from varlen_sft.models.config import LlamaConfig
     from varlen_sft.models.llama import LlamaForSFT
 
-    config = LlamaConfig.from_hf(
-        {
-            "model_type": "llama",
-            "vocab_size": 11,
-            "hidden_size": 6,
-            "intermediate_size": 10,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 2,
-        }
-    )
+    config = LlamaConfig.from_hf(TINY_HF)
     assert ModelSizes.of(config) == TINY
     model = LlamaForSFT(config)
     weights = [w for name, w in model.named_parameters() if "layers" in name and w.dim() == 2]
@@ -94,3 +59,49 @@ def test_cost_is_flops_of_the_layers_in_other_units():
         tokens, squares = int(lengths[ids].sum()), int((lengths[ids].astype(int) ** 2).sum())
         flops = training_flops(LLAMA_1B, tokens, squares, 0).total
         assert cost * 3 * LLAMA_1B.per_square == flops  # a is whole here: nothing is rounded
+
+
+# ------------------------------------------------------------ from config.json
+
+
+def written(folder, **config):
+    (folder / "config.json").write_text(json.dumps(TINY_HF | config))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "granite", "olmo2"])
+def test_sizes_of_a_folder(tmp_path, family):
+    unused = {"sliding_window": 4096, "use_sliding_window": False} if "qwen" in family else {}
+    assert ModelSizes.from_folder(written(tmp_path, model_type=family, **unused)) == TINY
+
+
+def test_sizes_that_a_config_leaves_out(tmp_path):
+    folder = written(tmp_path, head_dim=None, num_key_value_heads=None, hidden_size=8)
+    sizes = ModelSizes.from_folder(folder)
+    assert (sizes.head_dim, sizes.num_kv_heads) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "mixtral"}, "model_type must be one of llama, .*, is 'mixtral'"),
+        ({"model_type": "mistral", "sliding_window": 9}, "sliding windows are not known here"),
+        ({"hidden_size": "x"}, "cannot be read: "),
+    ],
+)
+def test_a_config_that_cannot_be_counted_is_named(tmp_path, config, reason):
+    with pytest.raises(InputError, match=f"config.json: .*{reason}"):
+        ModelSizes.from_folder(written(tmp_path, head_dim=None, **config))
+
+
+def test_a_config_that_is_none_is_named(tmp_path):
+    with pytest.raises(InputError, match="config.json: cannot be read: .*No such file"):
+        ModelSizes.from_folder(tmp_path)
+    for text, reason in (
+        ("{}", "'model_type' is missing"),
+        ("{", "cannot be read"),
+        ("[]", "read"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=f"config.json: .*{reason}"):
+            ModelSizes.from_folder(tmp_path)

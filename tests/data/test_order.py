@@ -129,17 +129,31 @@ def test_any_step_is_found_alone(method):
         found.step(0, -1)
 
 
-def test_the_steps_of_a_streaming_window_follow_the_rule():
-    drawn = lengths(300)
+@pytest.mark.parametrize("count, left", [(300, 10), (295, 6), (293, 5), (287, 1), (286, 0)])
+def test_the_steps_of_a_streaming_window_follow_the_rule(count, left):
+    drawn = lengths(count)
     steps = names(epoch_of(order(drawn, method="streaming", window=8, seed=5), 2))
-    stream = list(StreamPacker(drawn, 32, window=8, order=epoch_order(300, 5, 2)))
+    stream = list(StreamPacker(drawn, 32, window=8, order=epoch_order(count, 5, 2)))
     expected = []
-    for number, first in enumerate(range(0, len(stream), 12)):
-        packs = stream[first : first + 12]
+    assert len(stream) == 14 * 12 + left
+    starts = range(0, len(stream) - 5, 12)  # fewer than six are no window of their own
+    for number, first in enumerate(starts):
+        last = number == len(starts) - 1
+        packs = stream[first:] if last else stream[first : first + 12]
         costs = np.array([drawn[pack].sum() for pack in packs])
-        for places in steps_of_window(costs, 4, "window", (5, 2, number)):
+        for places in steps_of_window(costs, 4, "window", (5, 2, number), last=last):
             expected.append([packs[k].tolist() for k in places.tolist()])
     assert steps == expected
+
+
+@pytest.mark.parametrize("count, windows", [(28, 2), (29, 2), (30, 3), (31, 3), (42, 4)])
+def test_half_a_window_of_half_empty_packs_is_one_of_its_own(count, windows):
+    """Tokens alone would say that two such packs are one: packs are counted, and none is lost."""
+    found = order(np.full(count, 17, np.int32), method="streaming", window=8)
+    steps = epoch_of(found, 0)
+    ids = np.concatenate([pack for step in steps for pack in step.packs])
+    assert sorted(ids.tolist()) == list(range(count))
+    assert {step.start["number"] for step in steps} == set(range(windows))
 
 
 def test_steps_are_counted_epoch_by_epoch_where_epochs_differ():
@@ -225,10 +239,17 @@ def test_threads_see_the_same_steps():
     assert found == {k: expected for k in range(3)}
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "packs_per_step", "window", "balance_steps"])
+@pytest.mark.parametrize("name", ["max_tokens", "packs_per_step", "window"])
 def test_sizes_below_one_are_refused(name):
     with pytest.raises(InputError, match=f"{name} must be at least 1, is 0"):
         order(lengths(4), **{name: 0})
+
+
+def test_as_many_steps_are_sorted_together_as_8192_packs_make_and_no_fewer_than_256():
+    for packs, steps in ((1, 8192), (30, 274), (32, 256), (1000, 256)):
+        assert OrderOptions(max_tokens=8, packs_per_step=packs).balance_steps == steps
+    with pytest.raises(InputError, match="balance_steps must be at least 0, is -1"):
+        order(lengths(4), balance_steps=-1)
 
 
 def test_no_samples_are_refused():

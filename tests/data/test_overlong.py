@@ -12,6 +12,7 @@ from tests.data.overlong_rows import (
     MODES,
     TALK,
     TEMPLATES,
+    calling,
     fit,
     prefix,
     rows_of,
@@ -43,8 +44,8 @@ def test_nothing_fits_so_the_row_is_dropped():
     fitted = fit(TALK, limit, "truncate")
     assert (fitted.samples, fitted.outcome) == ((), "dropped")
     assert fitted.left_out == (
-        f"{rows_of(TALK)} rows do not fit a pack of {limit} tokens: no turns from the first on fit "
-        "and end with an answer that is trained",
+        f"{rows_of(TALK)} rows do not fit a pack of {limit} tokens: no messages from the first on "
+        "fit and end with an answer that is trained",
     )
     assert fitted.targets_lost == len(targets(tokenizer().encode(TALK)))
 
@@ -130,9 +131,8 @@ def test_no_turn_fits_so_a_split_drops_the_row():
 
 
 def test_tool_calls_stay_with_their_results():
-    call = {"type": "function", "function": {"name": "f", "arguments": {"q": "world"}}}
     messages = [Message("user", "hello"), Message("assistant", "x")]
-    messages += [Message("user", "is it"), Message("assistant", tool_calls=(call,))]
+    messages += [Message("user", "is it"), calling("world")]
     messages += [Message("tool", "it is."), Message("assistant", "what?")]
     conversation = Conversation(tuple(messages))
     fitted = fit(conversation, rows_of(turn(conversation, 1)), "split")
@@ -140,7 +140,9 @@ def test_tool_calls_stay_with_their_results():
         ["x<|im_end|>"], ["[f]world<|im_end|>", "what?<|im_end|>"]
     ]  # fmt: skip
     cut = fit(conversation, rows_of(conversation) - 1, "truncate")
-    assert [trained(tokenizer(), sample) for sample in cut.samples] == [["x<|im_end|>"]]
+    assert [trained(tokenizer(), sample) for sample in cut.samples] == [
+        ["x<|im_end|>", "[f]world<|im_end|>"]  # not the result, which no answer follows
+    ]
 
 
 def test_counts_of_the_tokenizer_are_of_whole_rows():

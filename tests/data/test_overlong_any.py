@@ -17,7 +17,7 @@ from tests.data.overlong_rows import (
     conversations,
     fit,
     is_part_of,
-    prefix,
+    longest,
     rows_of,
     targets,
     tokenizer,
@@ -41,22 +41,23 @@ def test_any_split_trains_each_target_once_or_counts_it(template, conversation, 
     whole = tokenizer(template).encode(conversation, options)
     fitted = fit(conversation, limit, "split", options, template)
     check_fitted(fitted, whole, limit)
-    turns = Turns.of(conversation)
-    alone = [rows_of(turn(conversation, k), template) <= limit for k in range(len(turns))]
+    turns = [turn(conversation, k) for k in range(len(Turns.of(conversation)))]
+    alone = [rows_of(one, template) <= limit for one in turns]
     if len(whole) - 1 <= limit:
         assert fitted.outcome == "whole"
     elif mode == "assistant":
-        fits = [k for k, fit in enumerate(alone) if fit]
+        begun = [longest(one, limit, template) for one in turns]
         expected = [
             text
-            for k in fits
-            for text in trained(
-                tokenizer(template), tokenizer(template).encode(turn(conversation, k))
-            )
+            for one in begun
+            if one is not None
+            for text in trained(tokenizer(template), tokenizer(template).encode(one))
         ]
         got = [text for sample in fitted.samples for text in trained(tokenizer(template), sample)]
         assert got == expected
-        assert fitted.outcome == ("split" if fits else "dropped")
+        assert fitted.outcome == ("split" if any(begun) else "dropped")
+        if fitted.outcome == "split":
+            assert len(fitted.left_out) == alone.count(False)
     if mode == "all" and template == "default_system" and all(alone):
         assert fitted.targets_lost == 0
 
@@ -71,14 +72,9 @@ def test_any_truncation_is_the_longest_prefix(conversation, limit, template, mod
     if fitted.outcome == "whole" or mode.startswith("last"):
         assert fitted.outcome == ("whole" if len(whole) - 1 <= limit else "dropped")
         return
-    turns = Turns.of(conversation)
-    counts = [
-        k
-        for k in range(1, len(turns))
-        if rows_of(prefix(conversation, k), template) <= limit and turns.last_answer(k - 1).weight
-    ]
+    part = longest(conversation, limit, template)
     assert [sample.input_ids.tolist() for sample in fitted.samples] == [
-        tokenizer(template).encode(prefix(conversation, k)).input_ids.tolist() for k in counts[-1:]
+        tokenizer(template).encode(kept).input_ids.tolist() for kept in [part] if kept is not None
     ]
 
 

@@ -7,27 +7,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from varlen_sft.data import packing_planned
 from varlen_sft.data.packing import PackingStats, pack_tokens, packing_stats, plan_packs
 
 
-def best_fit_decreasing(lengths, max_tokens: int) -> list[int]:
-    """Tokens per pack of the textbook algorithm: every sample looks at every open pack."""
-    spaces: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [(space, k) for k, space in enumerate(spaces) if space >= length]
-        if fitting:
-            spaces[min(fitting)[1]] -= length
-        else:
-            spaces.append(max_tokens - length)
-    return sorted(max_tokens - space for space in spaces)
+def best_fit_decreasing(lengths, max_tokens: int) -> list[list[int]]:
+    """The textbook algorithm, sample by sample: each looks at every open pack.
+
+    Of packs with as little space, the one that has had it for longest is taken.
+    """
+    packs: list[list[int]] = []
+    states: list[tuple[int, int]] = []  # space left, and since which sample
+    lengths = [int(length) for length in lengths]
+    for now, i in enumerate(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))):
+        fitting = [(*state, k) for k, state in enumerate(states) if state[0] >= lengths[i]]
+        if not fitting:
+            fitting = [(max_tokens, now, len(packs))]
+            packs.append([])
+            states.append((max_tokens, now))
+        space, _, k = min(fitting)
+        packs[k].append(i)
+        states[k] = (space - lengths[i], now)
+    return packs
 
 
 def check(lengths, max_tokens: int) -> None:
     packs = plan_packs(lengths, max_tokens)
+    assert [pack.tolist() for pack in packs] == best_fit_decreasing(lengths, max_tokens)
     ids = np.concatenate(packs) if packs else np.array([], dtype=np.int64)
     assert sorted(ids.tolist()) == list(range(len(lengths)))  # each whole sample once
-    tokens = pack_tokens(packs, lengths)
-    assert sorted(tokens.tolist()) == best_fit_decreasing(lengths, max_tokens)
 
 
 @given(
@@ -40,11 +48,74 @@ def test_packs_are_those_of_the_textbook(case):
     check(lengths, max_tokens)
 
 
+@given(
+    st.integers(8, 40).flatmap(
+        lambda c: st.tuples(
+            st.just(c),
+            st.lists(st.integers(1, c), min_size=1, max_size=7).flatmap(
+                lambda few: st.lists(st.sampled_from(few), max_size=80)
+            ),
+        )
+    )
+)
+def test_packs_are_those_of_the_textbook_where_few_lengths_are_many(case):
+    """So that many packs have as little space, and parts of them are taken."""
+    max_tokens, lengths = case
+    check(lengths, max_tokens)
+
+
 @pytest.mark.parametrize("max_tokens", [64, 700, 4096])
 @pytest.mark.parametrize("seed", range(3))
 def test_packs_are_those_of_the_textbook_for_many_samples(max_tokens, seed):
     drawn = np.random.default_rng(seed).lognormal(np.log(max_tokens / 6), 1.0, 2000)
     check(np.clip(drawn.astype(np.int64), 1, max_tokens), max_tokens)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "packs"),
+    [
+        ([], 0),
+        ([1], 1),
+        ([64], 1),
+        ([64] * 9, 9),  # each fills a pack
+        ([63] * 9 + [1] * 9, 9),
+        ([33] * 9, 9),  # no two fit
+        ([32] * 9, 5),
+        ([21] * 10, 4),  # three fit, and one token is left
+        ([1] * 640, 10),
+    ],
+)
+def test_equal_lengths_and_lengths_of_a_whole_pack(lengths, packs):
+    for dtype in (np.uint8, np.int32, np.int64, np.uint64):
+        check(np.array(lengths, dtype), 64)
+        assert len(plan_packs(np.array(lengths, dtype), 64)) == packs
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32, np.uint64])
+def test_lengths_up_to_the_largest_of_their_type(dtype):
+    largest = min(np.iinfo(dtype).max, 2**40)
+    lengths = np.array([3, largest, 5, largest - 3, 8, largest - 3], dtype)
+    packs = [pack.tolist() for pack in plan_packs(lengths, int(largest))]
+    assert packs == [[1], [3, 0], [5], [4, 2]]
+    assert pack_tokens(plan_packs(lengths, int(largest)), lengths).tolist() == [
+        largest, largest, largest - 3, 13
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("table", [1, 20, 41, 1 << 22])
+def test_a_table_of_lengths_changes_nothing(monkeypatch, table):
+    lengths = np.random.default_rng(0).integers(1, 41, 500)
+    whole = plan_packs(lengths, 97)
+    monkeypatch.setattr(packing_planned, "TABLE", table)
+    assert [pack.tolist() for pack in plan_packs(lengths, 97)] == [pack.tolist() for pack in whole]
+
+
+def test_of_packs_with_as_little_space_the_one_that_had_it_for_longest_is_next():
+    """Three packs of 23, then one of 15 + 8, have 7 tokens left; 6 goes to the first, 5 to the
+    second of the three."""
+    lengths = [23, 23, 23, 15, 8, 6, 5]
+    check(lengths, 30)
+    assert [pack.tolist() for pack in plan_packs(lengths, 30)] == [[0, 5], [1, 6], [2], [3, 4]]
 
 
 def test_a_case_by_hand():

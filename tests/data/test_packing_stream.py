@@ -155,3 +155,12 @@ def test_bad_arguments_are_refused():
         StreamPacker([1, 11], 10)
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         StreamPacker([1], 10, window=0)
+    with pytest.raises(InputError, match=r"below 2\*\*31, the longest is 2147483648"):
+        StreamPacker([1, 2**31], 2**31)
+
+
+def test_the_longest_lengths_there_are():
+    longest = 2**31 - 1
+    for dtype in (np.int32, np.int64, np.uint64):
+        lengths = np.array([5, longest - 5, longest, 1, longest - 1], dtype)
+        assert tolist(StreamPacker(lengths, longest)) == [[0, 1], [2], [3, 4]]

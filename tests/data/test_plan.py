@@ -7,22 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from tests.data.sizes import TINY
 from varlen_sft.data.balance import epoch_order
-from varlen_sft.data.costs import ModelSizes
 from varlen_sft.data.packing import OverlongSample, pack
 from varlen_sft.data.plan import Bin, PlanOptions, Spread, histogram, make_plan
 from varlen_sft.data.plan_overlong import OverlongPlan, fit_lengths
 from varlen_sft.errors import InputError
 
-SIZES = ModelSizes(
-    vocab_size=11,
-    hidden_size=6,
-    intermediate_size=10,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=2,
-)
 LENGTHS = np.array([7, 3, 6, 4, 5, 5, 2], dtype=np.int32)
 LABELS = np.array([7, 1, 2, 3, 0, 4, 1], dtype=np.int64)
 
@@ -55,16 +46,16 @@ def test_the_last_step_holds_what_is_left():
 
 
 def test_flops_and_costs_with_a_model():
-    plan = make_plan(LENGTHS, LABELS, PlanOptions(max_tokens=10), SIZES)
+    plan = make_plan(LENGTHS, LABELS, PlanOptions(max_tokens=10), TINY)
     squares = int((LENGTHS.astype(int) ** 2).sum())
-    assert plan.flops is not None and plan.cost_a == SIZES.a
-    assert plan.flops.layers == 3 * SIZES.per_token * 32
+    assert plan.flops is not None and plan.cost_a == TINY.a
+    assert plan.flops.layers == 3 * TINY.per_token * 32
     assert plan.flops.attention == 3 * 2 * 2 * 4 * 2 * (squares + 32)
     assert plan.flops.head == 3 * 2 * 6 * 11 * 18
 
 
 def test_a_dict_for_json():
-    plan = make_plan(LENGTHS, LABELS, PlanOptions(max_tokens=10, ranks=2), SIZES)
+    plan = make_plan(LENGTHS, LABELS, PlanOptions(max_tokens=10, ranks=2), TINY)
     found = json.loads(json.dumps(plan.to_dict()))
     assert found["packing"]["packs"] == 4 and found["options"]["max_tokens"] == 10
     assert found["flops"]["total"] == plan.flops.total  # type: ignore[union-attr]
@@ -83,7 +74,7 @@ def test_balance_is_told_in_advance():
     lengths = np.clip(drawn.astype(np.int32), 1, 32768)
     plans = {
         balance: make_plan(
-            lengths, lengths, PlanOptions(max_tokens=32768, ranks=8, balance=balance), SIZES
+            lengths, lengths, PlanOptions(max_tokens=32768, ranks=8, balance=balance), TINY
         )
         for balance in ("window", "none")
     }
@@ -149,9 +140,10 @@ def test_nothing_over_long_is_left_as_it_is():
     [
         ([], {}, "no sample to pack .0 were too long"),
         ([11, 12], {"overlong": "drop"}, "no sample to pack .2 were too long"),
-        ([3, 4], {"ranks": 3}, "the epoch has 1 packs, fewer than 3 ranks"),
+        ([3, 4], {"ranks": 3}, "an epoch has 1 pack, fewer than 3 ranks"),
         ([3, 0], {}, "sample 1 has length 0, must be at least 1"),
         ([9, 9], {"packs_per_step": 3, "ranks": 2}, "multiple of ranks x accumulation = 2 x 1"),
+        ([9], {"packs_per_step": 3, "accumulate": 2}, "multiple of ranks x accumulation = 1 x 2"),
     ],
 )
 def test_bad_input_is_named(lengths, options, reason):
@@ -186,6 +178,8 @@ def test_a_histogram_by_hand():
     )
     assert histogram(np.array([], dtype=int)) == ()
     assert histogram(np.array([1, 1])) == (Bin(1, 2, 2, 2),)
+    assert histogram(np.array([1, 2, 3])) == (Bin(1, 2, 1, 1), Bin(2, 3, 1, 2), Bin(3, 4, 1, 3))
+    assert histogram(np.array([2**40 + 2**39])) == (Bin(3 << 39, 1 << 41, 1, 3 << 39),)
 
 
 def test_a_histogram_counts_everything():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from fractions import Fraction
 from itertools import islice
 
 import numpy as np
@@ -35,19 +37,32 @@ def part_of(sources, order: dict, steps: int, state=None, **options) -> list:
     return list(islice(found, steps))
 
 
+def drawn_sources(data, seed: int) -> tuple[list[Made], dict]:
+    """One to three sources, and weights for them or none."""
+    counts = data.draw(st.lists(st.integers(4, 60), min_size=1, max_size=3))
+    made, first = [], 1
+    for k, count in enumerate(counts):
+        of = lengths(count, seed + k, most=20)
+        made.append(Made(of, first, supervised=[1 + i % (n - 1) for i, n in enumerate(of)]))
+        first += count
+    if data.draw(st.booleans()):
+        return made, {}
+    weights = tuple(data.draw(st.floats(0.1, 10)) for _ in made)
+    unit = data.draw(st.sampled_from(["samples", "tokens", "supervised"]))
+    return made, {"weights": weights, "weights_count": unit}
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     data=st.data(),
-    count=st.integers(12, 120),
     method=st.sampled_from(METHODS),
     seed=st.integers(0, 3),
     balance=st.sampled_from(["window", "step", "none"]),
 )
-def test_ranks_accumulation_workers_and_stops_change_no_global_batch(
-    data, count, method, seed, balance
-):
-    source = Made(lengths(count, seed, most=20))
+def test_ranks_accumulation_workers_and_stops_change_no_global_batch(data, method, seed, balance):
+    source, weights = drawn_sources(data, seed)
     order = {"packs_per_step": 12, "seed": seed, "method": method, "balance": balance, "window": 5}
+    order |= weights
     alone = stream(source, order)
     total = 2 * alone.steps_per_epoch + 2
     expected = list(islice(stream(source, order), total))
@@ -55,7 +70,7 @@ def test_ranks_accumulation_workers_and_stops_change_no_global_batch(
     while done < total:
         ranks = data.draw(st.sampled_from([1, 2, 3, 4, 6]))
         accumulate = data.draw(
-            st.sampled_from([a for a in (1, 2, 3, 4, 6) if 12 % (ranks * a) == 0])
+            st.sampled_from([None, *(a for a in (1, 2, 3, 4, 6) if 12 % (ranks * a) == 0)])
         )
         here = data.draw(st.integers(1, total - done))
         workers = data.draw(st.sampled_from([0, 0, 2]))
@@ -77,7 +92,7 @@ def test_ranks_accumulation_workers_and_stops_change_no_global_batch(
             for step in mine:
                 assert (step.epoch, step.step, step.last) == (want.epoch, want.step, want.last)
                 assert names(step) == names(want)
-                assert len(step.batches) == accumulate
+                assert len(step.batches) == (accumulate or 12 // ranks)
             assert sequences(mine) == tokens_of(alone, want)
         state, done = states[0], done + here
 
@@ -216,6 +231,36 @@ def test_samples_are_found_in_their_sources():
             found.sources.origin(wrong)
 
 
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 3), method=st.sampled_from(METHODS))
+def test_over_epochs_the_shares_are_those_of_the_weights(data, seed, method):
+    """Exactly: after e epochs each source gave what its weight says, and up to one sample more."""
+    made, weights = drawn_sources(data, seed)
+    if not weights:
+        weights = {"weights": (1.0,) * len(made), "weights_count": "tokens"}
+    found = stream(made, {"seed": seed, "method": method} | weights)
+    units = [
+        {
+            "samples": np.ones(len(of.lengths), int),
+            "tokens": of.lengths.astype(int) - 1,
+            "supervised": of.supervised,
+        }[weights["weights_count"]]
+        for of in made
+    ]
+    shares = [Fraction(weight) for weight in weights["weights"]]
+    epoch = min(int(of.sum()) / share for of, share in zip(units, shares, strict=True))
+    given_so_far = [0] * len(made)
+    for number in range(4):
+        for step in islice(found, found.steps_per_epoch):
+            assert step.epoch == number
+            for i in np.concatenate(step.packs).tolist():
+                source, row = found.sources.origin(i)
+                given_so_far[source] += int(units[source][row])
+        for got, share, of in zip(given_so_far, shares, units, strict=True):
+            wanted = math.floor((number + 1) * epoch * share)
+            assert wanted <= got < wanted + int(of.max())
+
+
 @pytest.mark.parametrize("unit", ["samples", "tokens", "supervised"])
 def test_weights_count_what_they_are_told_to(unit):
     long = Made([31] * 60, supervised=[3] * 60)
@@ -333,11 +378,14 @@ def test_what_is_no_state_is_refused(change, message, force):
 @pytest.mark.parametrize(
     "order, options, message",
     [
-        ({"packs_per_step": 6}, {"ranks": 4}, "must be a multiple of ranks x accumulation = 4 x 1"),
-        ({}, {"ranks": 2, "accumulate": 4}, "ranks x accumulation = 2 x 4, got 4"),
+        ({"packs_per_step": 6}, {"ranks": 4}, "must be a multiple of ranks = 4, is 6"),
+        ({}, {"ranks": 2, "accumulate": 4}, "a multiple of ranks x accumulate = 2 x 4, is 4"),
         ({"packs_per_step": 64}, {"ranks": 64}, "an epoch has 2 packs, fewer than 64 ranks"),
         ({}, {"ranks": 2, "rank": 2}, r"rank must be in \[0, 2\), is 2"),
-        ({}, {"pad_to": 127}, "pad_to must be at least 4 x max_tokens = 128"),
+        ({}, {"pad_to": 31}, "pad_to must be at least 1 x max_tokens = 32"),
+        ({}, {"pad_to": 127, "accumulate": 1}, "pad_to must be at least 4 x max_tokens = 128"),
+        ({}, {"ranks": 0}, "ranks and accumulate must be at least 1, are 0 and None"),
+        ({}, {"accumulate": 0}, "ranks and accumulate must be at least 1, are 1 and 0"),
         ({"max_tokens": 8}, {}, "source 1, row 2: the sample takes 9 rows of a pack, which has 8"),
         ({"weights": (1, 2)}, {}, "weights must be one for each source: 1, got 2"),
     ],
@@ -392,8 +440,8 @@ def test_batches_are_pinned_where_asked(monkeypatch):
 
     pinned = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self) or self)
-    (step,) = part_of(Made(lengths(20)), {}, 1, pin=True)
+    (step,) = part_of(Made(lengths(20)), {}, 1, pin=True, accumulate=1)
     assert any(value is step.batches[0].input_ids for value in pinned)
     assert len(pinned) == 8  # every tensor of the one batch
-    part_of(Made(lengths(20)), {}, 1, pin=False)
+    part_of(Made(lengths(20)), {}, 1, pin=False, accumulate=1)
     assert len(pinned) == 8

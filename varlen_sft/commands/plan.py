@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from varlen_sft.commands.arguments import adder, console, new_command, positive
+from varlen_sft.errors import InputError
 
 DESCRIPTION = """\
-What an epoch of a prepared set will be, from its lengths alone, before a GPU is rented: packs and
-their fill, steps, tokens and supervised tokens per step, samples too long for a pack and what is
-done with them, how evenly the ranks are loaded, and FLOPs.
+What an epoch of a prepared set will be, before a GPU is rented: packs and their fill, steps, tokens
+and supervised tokens per step, samples too long for a pack and what is done with them, how evenly
+the ranks are loaded, and FLOPs. Lengths decide all of it; weights are read once, to be counted.
 
 A step is --packs-per-step packs, dealt to the ranks and their micro-batches; by default one pack
-for each. The load of a pack is a*T + sum l^2 over its samples, with a from the model's sizes;
-without --model only tokens count, and no FLOPs are told.
+for each. The load of a pack is a*T + sum l^2 over its samples, with a from the sizes in the model's
+config.json; without --model only tokens count, and no FLOPs are told. Steps are those that training
+runs with the same seed; epochs after the first hold other packs, of as many tokens.
 """
 EXAMPLES = """\
 examples:
@@ -53,7 +55,7 @@ def add_parser(commands: Any) -> None:
     _choice(plan, "--packing", METHODS, "how samples are put into packs")
     add("--window", "samples that --packing streaming chooses from", positive(int), 64, "W")
     _choice(plan, "--balance", BALANCES, "among which packs loads are evened out")
-    _choice(plan, "--overlong", OVERLONG, "samples too long for a pack")
+    _choice(plan, "--overlong", OVERLONG, "what prepare would do with samples too long for a pack")
     add("--html", "write a page", Path, None, "FILE")
     add("--json", "write all figures", Path, None, "FILE")
 
@@ -68,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from varlen_sft.data.costs import ModelSizes
-    from varlen_sft.data.files import write_whole
+    from varlen_sft.data.packs import OverlongSample
     from varlen_sft.data.plan import PlanOptions, make_plan
     from varlen_sft.data.store import Store
-    from varlen_sft.tools.plan_show import screen, write_plan_page
+    from varlen_sft.tools.plan_show import plan_page, screen
 
     options = PlanOptions(
         max_tokens=args.max_tokens,
@@ -85,17 +87,44 @@ def run(args: argparse.Namespace) -> int:
         epochs=args.epochs,
         seed=args.seed,
     )
+    sizes = None if args.model is None else ModelSizes.from_folder(args.model)
     store = Store(args.prefix)
-    sizes = None
-    if args.model is not None:
-        from varlen_sft.models.config import LlamaConfig
-
-        sizes = ModelSizes.of(LlamaConfig.from_folder(args.model))
-    plan = make_plan(store.lengths - 1, store.supervised, options, sizes)
+    try:
+        plan = make_plan(_rows(store), store.supervised, options, sizes)
+    except OverlongSample as error:
+        raise InputError(
+            f"the sample takes {error.length:,} rows of a pack, which has {args.max_tokens:,}; "
+            f"too long: {error.count:,} of {len(store):,}. Take a larger --max-tokens; --overlong "
+            "drop, truncate or split tells what `prepare` would come to with such a policy",
+            file=store.prefix,
+            row=error.sample + 1,
+        ) from None
     title = f"{args.prefix}: packs of {args.max_tokens:,} tokens"
+    files = {args.html: plan_page(plan, title), args.json: json.dumps(plan.to_dict(), indent=1)}
+    files.pop(None, None)
+    for path, text in files.items():
+        _write(path, text + "\n")
     screen(console(), plan, title)
-    if args.html is not None:
-        write_plan_page(args.html, plan, title)
-    if args.json is not None:
-        write_whole(args.json, (json.dumps(plan.to_dict(), indent=1) + "\n").encode())
+    for path in files:
+        console().print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    from varlen_sft.data.files import write_whole
+
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", file=path) from None
+
+
+def _rows(store: Any) -> Any:
+    """(N,) int32: input tokens of each sample."""
+    rows = store.lengths - 1
+    if not rows.all():
+        at = int(rows.argmin())
+        raise InputError(
+            "a sample must have 2 tokens or more, has 1", file=store.prefix, row=at + 1
+        )
+    return rows

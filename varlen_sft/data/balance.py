@@ -8,13 +8,13 @@ packs, sorted again, are dealt, neighbours to one micro-batch, the dearest ones 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from itertools import pairwise
 from typing import Literal, get_args
 
 import numpy as np
 
+from varlen_sft.data.shuffle import epoch_order, shuffled
 from varlen_sft.errors import InputError
 
 __all__ = [
@@ -24,7 +24,9 @@ __all__ = [
     "epoch_steps",
     "imbalance",
     "shuffled",
+    "step_order",
     "steps_of_window",
+    "window_steps",
 ]
 
 Balance = Literal["window", "step", "none"]
@@ -32,23 +34,12 @@ Balance = Literal["window", "step", "none"]
 ``none``: as the packs come."""
 
 
-def shuffled(count: int, *key: int) -> np.ndarray:
-    """(count,) int64: a permutation that depends on the key alone, also in other versions of numpy.
+def window_steps(packs_per_step: int) -> int:
+    """N where nobody chose it: 256 steps, and as many as 8192 packs make.
 
-    numpy promises the stream of a bit generator, not that of its own shuffling.
-
-    Args:
-        key: integers, such as seed and epoch.
+    Of 2048 packs of 32k tokens the dearest eight may differ by some percent.
     """
-    named = ",".join(str(int(part)) for part in key)
-    digest = hashlib.blake2b(named.encode(), digest_size=16).digest()  # no two keys share a stream
-    drawn = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
-    return np.argsort(drawn, kind="stable")
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """(count,) int64: the order in which an epoch's samples are packed."""
-    return shuffled(count, seed, epoch, 0, 0)  # keys of packs and steps have two and three numbers
+    return max(256, -(-8192 // packs_per_step))
 
 
 def epoch_steps(
@@ -62,16 +53,37 @@ def epoch_steps(
 ) -> list[np.ndarray]:
     """The packs of each step of an epoch that is known as a whole.
 
+    Returns:
+        For each step (packs_per_step,) int64 numbers of packs; the last step has what is left.
+        Arguments and order are those of ``step_order``.
+    """
+    order = step_order(
+        costs, packs_per_step, balance=balance, window=window, seed=seed, epoch=epoch
+    )
+    return _cut(order, packs_per_step)
+
+
+def step_order(
+    costs: np.ndarray,
+    packs_per_step: int,
+    *,
+    balance: Balance = "window",
+    window: int = 256,
+    seed: int = 0,
+    epoch: int = 0,
+    streamed: bool = False,
+) -> np.ndarray:
+    """(P,) int64: the packs of an epoch in the order of its steps, packs_per_step for each.
+
     Args:
         costs: (P,) of its packs.
         packs_per_step: packs of one step.
         window: N, about how many steps are sorted together: all windows of an epoch are even, since
-            a small one has no close neighbours. Some thousand packs are enough.
-
-    Returns:
-        For each step (packs_per_step,) int64 numbers of packs; the last step has what is left.
-        The cheapest pack of all is in the last window: it may be all but empty, and costs least
-        where a step is not full anyway.
+            a small one has no close neighbours, see ``window_steps``.
+        streamed: packs come in this order and are known a window at a time: a window is the next N
+            steps, and the last one takes what is less than half a window with it. Otherwise all are
+            shuffled first, but the cheapest pack, which is in the last step: it may be all but
+            empty, and costs least where ranks are idle anyway.
 
     Raises:
         ValueError: packs_per_step or window below 1, an unknown balance.
@@ -80,43 +92,70 @@ def epoch_steps(
         raise ValueError(
             f"packs_per_step and window must be at least 1, got {packs_per_step} and {window}"
         )
-    order = shuffled(len(costs), seed, epoch)
-    if len(costs):
+    _known(balance)
+    starts = list(range(0, len(costs), window * packs_per_step)) or [0]
+    if len(starts) > 1 and 2 * (len(costs) - starts[-1]) < window * packs_per_step:
+        starts.pop()
+    order = np.arange(len(costs))
+    if not streamed:
+        starts = _even_windows(len(costs) // packs_per_step, window, packs_per_step)
+        order = shuffled(len(costs), seed, epoch)
+    if len(costs) and not streamed:
         cheapest = costs.argmin()
         order = np.append(order[order != cheapest], cheapest)
-    full = len(costs) // packs_per_step
-    windows = max(1, round(full / window))
-    starts = [full * k // windows * packs_per_step for k in range(windows)]
-    steps = []
     for number, (first, end) in enumerate(pairwise([*starts, len(costs)])):
         packs = order[first:end]
-        key = (seed, epoch, number)
-        steps += [packs[s] for s in steps_of_window(costs[packs], packs_per_step, balance, key)]
-    return steps
+        key, last = (seed, epoch, number), number == len(starts) - 1
+        packs[:] = packs[_window_order(costs[packs], packs_per_step, balance, key, last)]
+    return order
+
+
+def _even_windows(full: int, window: int, packs_per_step: int) -> list[int]:
+    """The first pack of each window of about ``window`` steps, of an epoch of ``full`` steps."""
+    windows = max(1, round(full / window))
+    return [full * k // windows * packs_per_step for k in range(windows)]
 
 
 def steps_of_window(
-    costs: np.ndarray, packs_per_step: int, balance: Balance, key: tuple[int, ...]
+    costs: np.ndarray,
+    packs_per_step: int,
+    balance: Balance,
+    key: tuple[int, ...],
+    *,
+    last: bool = False,
 ) -> list[np.ndarray]:
     """The packs of each step of one window.
 
     Args:
         costs: (n,) of the window's packs, which are in random order.
         key: of the order of the steps: seed, epoch and the number of the window.
+        last: of its epoch: its last step has the cheapest packs, where they are sorted. There may
+            be odd ones, when the samples that could fill them have run out, and they are together.
 
     Returns:
         For each step (packs_per_step,) int64 places in ``costs``. Where n is no multiple, as at the
-        end of an epoch, the last step has what is left: the cheapest packs, where they are sorted.
+        end of an epoch, the last step has what is left.
     """
     _known(balance)
+    return _cut(_window_order(costs, packs_per_step, balance, key, last), packs_per_step)
+
+
+def _window_order(
+    costs: np.ndarray, packs_per_step: int, balance: Balance, key: tuple[int, ...], last: bool
+) -> np.ndarray:
+    """(n,) int64: places in costs, in the order of the window's steps."""
     if balance != "window":
-        order = np.arange(len(costs))
-        return [order[a : a + packs_per_step] for a in range(0, len(order), packs_per_step)]
+        return np.arange(len(costs))
     order = np.argsort(costs, kind="stable")
     left = len(order) % packs_per_step
+    if last and not left:
+        left = min(packs_per_step, len(order))
     full = order[left:].reshape(-1, packs_per_step)
-    full = full[shuffled(len(full), *key)]
-    return [*full, *([order[:left]] if left else [])]
+    return np.concatenate([full[shuffled(len(full), *key)].ravel(), order[:left]])
+
+
+def _cut(order: np.ndarray, packs_per_step: int) -> list[np.ndarray]:
+    return [order[a : a + packs_per_step] for a in range(0, len(order), packs_per_step)]
 
 
 def deal(

@@ -18,15 +18,22 @@ out); Dao 2023 (arXiv:2307.08691, section 4.1, half of the square for a causal m
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from varlen_sft.data.packs import Packs
+from varlen_sft.errors import InputError
 
 __all__ = ["Flops", "ModelSizes", "pack_costs", "training_flops"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "olmo2")
+"""model_type of models whose layers have the matrices above, and no others."""
 
 BACKWARD = 3  # forward and backward together, in forward passes
 
@@ -47,6 +54,37 @@ class ModelSizes:
     def of(cls, config: Any) -> ModelSizes:
         """From anything that has the sizes as attributes."""
         return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> ModelSizes:
+        """From the config.json of a HF folder, of any family whose layers have these matrices.
+
+        Raises:
+            InputError: no such file, not JSON, another family, sliding windows, or a size that is
+                missing.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            family = config["model_type"]
+            if family not in FAMILIES:
+                raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, is {family!r}")
+            if config.get("sliding_window") and config.get("use_sliding_window", True):
+                raise ValueError("costs of sliding windows are not known here")
+            heads, hidden = config["num_attention_heads"], config["hidden_size"]
+            return cls(
+                vocab_size=config["vocab_size"],
+                hidden_size=hidden,
+                intermediate_size=config["intermediate_size"],
+                num_layers=config["num_hidden_layers"],
+                num_heads=heads,
+                num_kv_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or hidden // heads,
+            )
+        except KeyError as error:
+            raise InputError(f"{error} is missing", file=path) from None
+        except (OSError, TypeError, ValueError) as error:
+            raise InputError(f"cannot be read: {error}", file=path) from None
 
     @property
     def per_token(self) -> int:

@@ -1,7 +1,8 @@
 """How a row that is longer than a pack is cut.
 
 Every way is a search: it asks for the samples of parts, as often as it needs to, and returns what
-became of the row. So the parts of many rows are tokenised together.
+became of the row. So the parts of many rows are tokenised together. Conversations are cut in
+``cuts_turns``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from varlen_sft.data.conversation import Conversation, ConversationError, Row, Text
+from varlen_sft.data.conversation import Conversation, ConversationError, Row
 from varlen_sft.data.sample import Sample
-from varlen_sft.data.turns import Parts, Turns
 
 if TYPE_CHECKING:
     from varlen_sft.data.masks import MaskOptions
@@ -114,21 +114,8 @@ def _targets(samples: Samples) -> int:
     return sum(int((sample.token_weights[1:] > 0).sum()) for sample in samples)
 
 
-def search(case: Case, overlong: str) -> Search:
-    """Fit an over-long row by one of the policies of ``overlong.fit_rows``."""
-    row = case.row
-    if overlong == "error":
-        return ConversationError(case.too_long)
-    if overlong == "drop":
-        return case.dropped(case.too_long)
-    if isinstance(row, Text) and row.prompt:
-        return case.dropped(f"{case.too_long}: a prompt and its completion are not cut")
-    if not isinstance(row, Conversation):
-        return _first_tokens(case) if overlong == "truncate" else _chunks(case)
-    return (yield from _first_turns(case) if overlong == "truncate" else _all_turns(case))
-
-
-def _first_tokens(case: Case) -> Fitted:
+def first_tokens(case: Case) -> Fitted:
+    """Of a document, or tokens made elsewhere."""
     (whole,) = case.whole
     cut = _cut(whole, 0, case.max_tokens)
     weights = cut.token_weights
@@ -142,7 +129,8 @@ def _first_tokens(case: Case) -> Fitted:
     return case.cut("truncated", (cut,), runs_masked=1)
 
 
-def _chunks(case: Case) -> Fitted:
+def chunks(case: Case) -> Fitted:
+    """Of a document, or tokens made elsewhere: parts that share one token."""
     (whole,) = case.whole
     starts = range(0, len(whole) - 1, case.max_tokens)
     return case.cut("split", tuple(_cut(whole, start, case.max_tokens) for start in starts))
@@ -154,88 +142,3 @@ def _cut(whole: Sample, start: int, rows: int) -> Sample:
     weights = whole.token_weights[place].copy()
     weights[: start > 0] = 0
     return Sample(whole.input_ids[place], weights, whole.roles[place])
-
-
-def _first_turns(case: Case) -> Search:
-    """The most turns from the first on that fit and end with a trained answer."""
-    assert isinstance(case.row, Conversation)
-    if case.per_assistant:
-        return _first_answers(case)
-    if case.options.supervision_mode == "last_assistant":
-        return case.dropped(f"{case.too_long}: only its last answer is trained")
-    turns = Turns.of(case.row)
-    (whole,) = case.whole
-    ends = turns.ends(whole) or [0] * len(turns)
-    for count in range(len(turns) - 1, 0, -1):
-        # A prefix is never shorter than what it has in the whole.
-        if ends[count - 1] - 1 > case.max_tokens or not turns.last_answer(count - 1).weight:
-            continue
-        (samples,) = yield [turns.part(0, count)]
-        if isinstance(samples, ConversationError):
-            return _named(turns, 0, count, samples)
-        if case.fits(samples):
-            return case.cut("truncated", Parts(turns, whole).own(samples, 0, count))
-    return case.dropped(
-        f"{case.too_long}: no turns from the first on fit and end with an answer that is trained"
-    )
-
-
-def _first_answers(case: Case) -> Fitted:
-    """Of rows that are an answer each, with its history, those that fit."""
-    fit = tuple(sample for sample in case.whole if case.fits((sample,)))
-    out = f"{len(case.whole) - len(fit)} of {len(case.whole)} answers do not fit with their history"
-    return case.cut("truncated", fit, (out,))
-
-
-def _all_turns(case: Case) -> Search:
-    """Parts by the first guess; those that turn out too long are halved, down to single turns."""
-    assert isinstance(case.row, Conversation)
-    turns = Turns.of(case.row)
-    longest = max(case.whole, key=len)
-    made: dict[tuple[int, int], Samples] = {}
-    left_out: dict[tuple[int, int], str] = {}
-    wanted = turns.plan(longest, case.max_tokens + 1)
-    while wanted:
-        told = yield [_part(case, turns, *span) for span in wanted]
-        halves: list[tuple[int, int]] = []
-        for (first, last), samples in zip(wanted, told, strict=True):
-            if isinstance(samples, ConversationError):
-                return _named(turns, first, last, samples)
-            if case.fits(samples):
-                made[first, last] = samples
-            elif last - first > 1:
-                middle = (first + last) // 2
-                halves += [(first, middle), (middle, last)]
-            else:
-                left_out[first, last] = _no_room(case, turns, first, samples)
-        wanted = halves
-    parts = Parts(turns, case.whole[0] if case.proven else None, each_closes=case.per_assistant)
-    own = [parts.own(samples, *span) for span, samples in sorted(made.items(), key=_span)]
-    reasons = [reason for _, reason in sorted(left_out.items())]
-    untrained = sum(not samples for samples in own)
-    return case.cut("split", tuple(s for samples in own for s in samples), reasons, untrained)
-
-
-def _span(item: tuple[tuple[int, int], Samples]) -> tuple[int, int]:
-    return item[0]
-
-
-def _part(case: Case, turns: Turns, first: int, last: int) -> Conversation:
-    """Of a conversation that trains its last answer alone, other parts train none."""
-    trained = last == len(turns) or case.options.supervision_mode != "last_assistant"
-    return turns.part(first, last, answers=trained)
-
-
-def _no_room(case: Case, turns: Turns, turn: int, samples: Samples) -> str:
-    rows = max(map(len, samples)) - 1
-    return (
-        f"{turns.name(turn, turn + 1)} are left out: one turn of {rows} rows does not fit a pack "
-        f"of {case.max_tokens} tokens"
-    )
-
-
-def _named(turns: Turns, first: int, last: int, error: ConversationError) -> ConversationError:
-    return ConversationError(
-        f"the row is over-long, and {turns.name(first, last)} cannot be a part: {error} "
-        "(messages counted within the part)"
-    )

@@ -8,13 +8,13 @@ from typing import Any, get_args
 
 import numpy as np
 
-from varlen_sft.data.balance import Balance, epoch_steps, steps_of_window
+from varlen_sft.data.balance import Balance, epoch_steps, window_steps
 from varlen_sft.data.costs import pack_costs
 from varlen_sft.data.mixture import WeightUnit
-from varlen_sft.data.packing import Method, Packs, StreamPacker, pack
+from varlen_sft.data.packing import Method, Packs, pack
 from varlen_sft.errors import InputError
 
-__all__ = ["Epoch", "OrderOptions", "OrderedStep", "StreamingEpoch", "WholeEpoch"]
+__all__ = ["Epoch", "OrderOptions", "OrderedStep", "WholeEpoch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class OrderOptions:
     window: int = 64
     """W, samples that ``streaming`` holds."""
     balance: Balance = "window"
-    balance_steps: int = 256
-    """N, steps that are sorted together."""
+    balance_steps: int = 0
+    """N, steps that are sorted together; 0 is made ``balance.window_steps``."""
     cost_a: int | None = None
     """a of cost = a T + sum l^2, see ``ModelSizes.a``; None: only tokens count."""
     weights: tuple[float, ...] | None = None
@@ -39,15 +39,22 @@ class OrderOptions:
     weights_count: WeightUnit = "samples"
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "packs_per_step", "window", "balance_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, is {getattr(self, name)}")
+        for name, least in {
+            "max_tokens": 1,
+            "packs_per_step": 1,
+            "window": 1,
+            "balance_steps": 0,
+        }.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, is {getattr(self, name)}")
         kinds = {"method": Method, "balance": Balance, "weights_count": WeightUnit}
         for name, known in kinds.items():
             if getattr(self, name) not in get_args(known):
                 raise InputError(
                     f"{name} must be one of {get_args(known)}, is {getattr(self, name)!r}"
                 )
+        if not self.balance_steps:  # written out: a state says what its order was made with
+            object.__setattr__(self, "balance_steps", window_steps(self.packs_per_step))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +92,10 @@ class Epoch:
 
     def find(self, step: int) -> OrderedStep | None:
         """A step, None after the last one."""
+        raise NotImplementedError
+
+    def ahead(self, step: int) -> bool:
+        """Whether the epoch is soon over. What comes after a step is made ready in a thread."""
         raise NotImplementedError
 
     def begin(self, start: Mapping[str, Any]) -> None:
@@ -127,68 +138,5 @@ class WholeEpoch(Epoch):
         last = step == len(self._steps) - 1
         return OrderedStep(self.number, step, packs, self._costs[places], last, None)
 
-
-class StreamingEpoch(Epoch):
-    """A window at a time; where the windows met so far begin is kept."""
-
-    def _begin(self, ids: np.ndarray) -> None:
-        self._ids = ids
-        first = {"number": 0, **self._packer().state_dict()}
-        self._starts: dict[int, Mapping[str, Any]] = {0: first}
-        self._open(0)
-
-    def count(self) -> int:
-        while not self._last:
-            self._open(self._number + 1)
-        return self._number * self.options.balance_steps + len(self._steps)
-
-    def packs(self) -> int:
-        self._open(0)
-        return len(self._packs)
-
-    def find(self, step: int) -> OrderedStep | None:
-        number, place = divmod(step, self.options.balance_steps)
-        if number < 0 or not self._reach(number) or place >= len(self._steps):
-            return None
-        places = self._steps[place]
-        packs = tuple(self._packs[k] for k in places.tolist())
-        last = self._last and place == len(self._steps) - 1
-        start = self._starts[number]
-        return OrderedStep(self.number, step, packs, self._costs[places], last, start)
-
-    def begin(self, start: Mapping[str, Any]) -> None:
-        number = start.get("number")
-        held = start.get("window")
-        whole = [number, start.get("cursor"), *(held if isinstance(held, list) else [None])]
-        if not all(type(value) is int and value >= 0 for value in whole):
-            raise InputError("the start of a window must be its number, a cursor and positions")
-        self._packer(start)  # refuses what it cannot be
-        if self._starts.setdefault(whole[0], start) != start:
-            raise InputError(f"window {whole[0]} of epoch {self.number} does not start there")
-
-    def _reach(self, number: int) -> bool:
-        """Open a window, if the epoch has it."""
-        if number != self._number:
-            self._open(max(known for known in self._starts if known <= number))
-        while self._number < number and not self._last:
-            self._open(self._number + 1)
-        return self._number == number
-
-    def _open(self, number: int) -> None:
-        """Pack a window whose start is known; that of the next one is known then."""
-        options = self.options
-        packer = self._packer(self._starts[number])
-        self._packs = packer.take(options.balance_steps * options.packs_per_step)
-        after = packer.state_dict()
-        self._number, self._last = number, not after["window"]
-        if not self._last:
-            self._starts[number + 1] = {"number": number + 1, **after}
-        self._costs = self.costs(self._packs)
-        key = (options.seed, self.number, number)
-        self._steps = steps_of_window(self._costs, options.packs_per_step, options.balance, key)
-
-    def _packer(self, state: Mapping[str, Any] | None = None) -> StreamPacker:
-        options = self.options
-        return StreamPacker(
-            self.lengths, options.max_tokens, window=options.window, order=self._ids, state=state
-        )
+    def ahead(self, step: int) -> bool:
+        return len(self._steps) - step <= self.options.balance_steps

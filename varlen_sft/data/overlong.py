@@ -10,8 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from varlen_sft.data.conversation import ConversationError, Row
-from varlen_sft.data.cuts import Asked, Case, Fitted, Found, Search, Told, search
+from varlen_sft.data.conversation import Conversation, ConversationError, Row, Text
+from varlen_sft.data.cuts import (
+    Asked,
+    Case,
+    Fitted,
+    Found,
+    Search,
+    Told,
+    chunks,
+    first_tokens,
+)
+from varlen_sft.data.cuts_turns import all_turns, first_turns
 
 if TYPE_CHECKING:
     from varlen_sft.data.chat import ChatTokenizer
@@ -67,12 +77,13 @@ def fit_rows(
 
     ``error`` refuses an over-long row and ``drop`` leaves it out. The others depend on what it is:
 
-    - A conversation is cut at the edges of its turns. ``truncate`` keeps the first turns, as many
-      as fit and end with a trained answer. ``split`` makes parts of consecutive turns, each with
-      the system message before them, which is trained in the first part only; a turn that does not
-      fit alone is left out. A conversation that trains its last answer alone has nothing to
-      truncate to, and is dropped. With ``history="per_assistant"`` ``truncate`` keeps the answers
-      that fit with their history.
+    - A conversation is cut after an answer, which may be a call of a tool. ``truncate`` keeps the
+      first messages, as many as fit and end with a trained answer. ``split`` makes parts of
+      consecutive turns, each with the system message before them, which is trained in the first
+      part only; of a turn that does not fit alone it keeps what ``truncate`` would. A conversation
+      that trains its last answer alone has nothing to truncate to, and is dropped; ``split`` leaves
+      out its last turn if that does not fit. With ``history="per_assistant"`` the answers are kept
+      that fit with their history, in ``split`` with that of their part.
     - A document is cut anywhere. ``truncate`` keeps the first tokens, without a stop token, since
       it does not end there. The parts of ``split`` begin with the last token of the part before,
       so that every token but the first of the document is a target exactly once.
@@ -104,10 +115,24 @@ def fit_rows(
             continue
         case = Case(row, made, options, max_tokens)
         if not case.fits(made):
-            searches[i] = search(case, overlong)
+            searches[i] = _search(case, overlong)
     for i, found in _run(tokenizer, searches, options).items():
         fitted[i] = found
     return fitted
+
+
+def _search(case: Case, overlong: str) -> Search:
+    """Fit an over-long row by one of the policies."""
+    row = case.row
+    if overlong == "error":
+        return ConversationError(case.too_long)
+    if overlong == "drop":
+        return case.dropped(case.too_long)
+    if isinstance(row, Text) and row.prompt:
+        return case.dropped(f"{case.too_long}: a prompt and its completion are not cut")
+    if not isinstance(row, Conversation):
+        return first_tokens(case) if overlong == "truncate" else chunks(case)
+    return (yield from first_turns(case) if overlong == "truncate" else all_turns(case))
 
 
 def _run(

@@ -25,6 +25,8 @@ from varlen_sft.data.packs import CHUNK, Packs
 
 __all__ = ["plan_histogram"]
 
+TABLE = 1 << 22  # lengths below it are looked up in a table
+
 
 def plan_histogram(lengths: np.ndarray, max_tokens: int) -> Packs:
     """Best-fit decreasing. The memory is 12 bytes per sample and some 24 per pack, all in all.
@@ -36,14 +38,13 @@ def plan_histogram(lengths: np.ndarray, max_tokens: int) -> Packs:
         Packs in the order they were opened; within one, samples in order of decreasing length,
         and of increasing id where lengths are equal.
     """
-    counts = _histogram(lengths)
+    histogram = _Histogram(lengths)
     moves = _Moves(max_tokens)
-    values = np.flatnonzero(counts)[::-1]
-    for length, count in zip(values.tolist(), counts[values].tolist(), strict=True):
+    for length, count in zip(histogram.values.tolist(), histogram.counts.tolist(), strict=True):
         moves.place(length, count)
     places, starts = _places(moves, len(lengths))
     ids = np.empty(len(lengths), dtype=np.int64)
-    for first, order, ranks in _by_length(lengths, counts):
+    for first, order, ranks in histogram.ranks():
         ids[places[ranks]] = first + order
     return Packs(ids, starts)
 
@@ -137,33 +138,51 @@ def _places(moves: _Moves, samples: int) -> tuple[np.ndarray, np.ndarray]:
     return places, starts
 
 
-def _histogram(lengths: np.ndarray) -> np.ndarray:
-    """(longest + 1,) int64: how many samples of each length."""
-    counts = np.zeros(int(lengths.max(initial=0)) + 1, dtype=np.int64)
-    for first in range(0, len(lengths), CHUNK):
-        counts += np.bincount(
-            lengths[first : first + CHUNK].astype(np.int64, copy=False), minlength=len(counts)
-        )
-    return counts
+class _Histogram:
+    """How many samples there are of each length.
 
-
-def _by_length(
-    lengths: np.ndarray, counts: np.ndarray
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """A counting sort, chunk by chunk: the first id, ids less that, and their ranks.
-
-    Ranks are those of a stable sort by decreasing length.
+    Attributes:
+        values: (K,) the lengths there are, in decreasing order.
+        counts: (K,) int64, samples of each.
     """
-    present = np.flatnonzero(counts)[::-1]
-    # numpy sorts 16-bit keys by radix, many times faster than wider ones.
-    kind = np.uint16 if len(present) <= 1 << 16 else np.int64
-    key_of = np.zeros(len(counts), dtype=kind)
-    key_of[present] = np.arange(len(present))
-    following = np.cumsum(counts[present]) - counts[present]  # the next free rank of each key
-    for first in range(0, len(lengths), CHUNK):
-        keys = key_of[lengths[first : first + CHUNK]]
-        order = np.argsort(keys, kind="stable")
-        here = np.bincount(keys, minlength=len(present))
-        ranks = (following - (np.cumsum(here) - here))[keys[order]] + np.arange(len(keys))
-        following += here
-        yield first, order, ranks
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self._lengths = lengths
+        longest = int(lengths.max(initial=0))
+        if longest < TABLE:
+            found = np.zeros(longest + 1, dtype=np.int64)
+            for first in range(0, len(lengths), CHUNK):
+                part = lengths[first : first + CHUNK].astype(np.int64, copy=False)
+                found += np.bincount(part, minlength=len(found))
+            self.values = np.flatnonzero(found)[::-1]
+            self.counts = found[self.values]
+        else:
+            values, counts = np.unique(lengths, return_counts=True)
+            self.values, self.counts = values[::-1], counts[::-1]
+        # numpy sorts 16-bit keys by radix, many times faster than wider ones.
+        self._kind = np.uint16 if len(self.values) <= 1 << 16 else np.int64
+        self._table: np.ndarray | None = None
+        if longest < TABLE:
+            self._table = np.zeros(longest + 1, dtype=self._kind)
+            self._table[self.values] = np.arange(len(self.values))
+
+    def ranks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """A counting sort, chunk by chunk: the first id, ids less that, and their ranks.
+
+        Ranks are those of a stable sort by decreasing length.
+        """
+        following = np.cumsum(self.counts) - self.counts  # the next free rank of each length
+        for first in range(0, len(self._lengths), CHUNK):
+            keys = self._keys(self._lengths[first : first + CHUNK])
+            order = np.argsort(keys, kind="stable")
+            here = np.bincount(keys, minlength=len(self.values))
+            ranks = (following - (np.cumsum(here) - here))[keys[order]] + np.arange(len(keys))
+            following += here
+            yield first, order, ranks
+
+    def _keys(self, lengths: np.ndarray) -> np.ndarray:
+        """Places of lengths in ``values``."""
+        if self._table is not None:
+            return self._table[lengths]
+        places = np.searchsorted(self.values[::-1], lengths)
+        return (len(self.values) - 1 - places).astype(self._kind)

@@ -39,7 +39,7 @@ class StreamPacker(Iterator[np.ndarray]):
 
     Raises:
         OverlongSample: a length above max_tokens.
-        InputError: a length below 1; a state that is not one of these arguments.
+        InputError: a length below 1 or above 2**31 - 1; a state that is not one of these arguments.
         ValueError: max_tokens or window below 1.
         TypeError: lengths are not integers in one row.
     """
@@ -56,6 +56,8 @@ class StreamPacker(Iterator[np.ndarray]):
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
         self._lengths = checked_lengths(lengths, max_tokens)
+        if (longest := int(self._lengths.max(initial=0))) >= 1 << (63 - BITS):
+            raise InputError(f"lengths must be below 2**{63 - BITS}, the longest is {longest}")
         self._order = order
         self._total = len(self._lengths) if order is None else len(order)
         self._max_tokens, self._window = max_tokens, window

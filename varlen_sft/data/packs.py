@@ -16,6 +16,7 @@ __all__ = [
     "PackingStats",
     "Packs",
     "checked_lengths",
+    "counted",
     "pack_tokens",
     "packing_stats",
 ]
@@ -82,6 +83,11 @@ class Packs(Sequence[np.ndarray]):
             out[a:b] = np.add.reduceat(drawn, self.starts[a:b] - first)
         return out
 
+    def followed_by(self, others: Packs) -> Packs:
+        """These and then others."""
+        starts = np.concatenate([self.starts, others.starts[1:] + self.starts[-1]])
+        return Packs(np.concatenate([self.ids, others.ids]), starts)
+
     def relabelled(self, names: np.ndarray) -> Packs:
         """The same packs of other ids: id i becomes ``names[i]``.
 
@@ -108,22 +114,25 @@ def packing_stats(
     packs: Sequence[np.ndarray], lengths: np.ndarray | Sequence[int], max_tokens: int
 ) -> PackingStats:
     """Count a plan. Raises ValueError if a pack holds more than max_tokens."""
-    tokens = pack_tokens(packs, lengths)
+    return counted(pack_tokens(packs, lengths), pack_sizes(packs), max_tokens)
+
+
+def counted(tokens: np.ndarray, samples: np.ndarray, max_tokens: int) -> PackingStats:
+    """The same of (P,) integers, the tokens and the samples of each pack."""
     over = np.flatnonzero(tokens > max_tokens)
     if len(over):
         raise ValueError(
             f"pack {over[0]} holds {tokens[over[0]]} tokens, more than max_tokens = {max_tokens}"
         )
     total = int(tokens.sum())
-    samples = pack_sizes(packs)
     return PackingStats(
-        packs=len(packs),
+        packs=len(tokens),
         samples=int(samples.sum()),
         tokens=total,
         max_tokens=max_tokens,
-        fill=total / (len(packs) * max_tokens) if len(packs) else 1.0,
+        fill=total / (len(tokens) * max_tokens) if len(tokens) else 1.0,
         largest=int(tokens.max(initial=0)),
-        smallest=int(tokens.min()) if len(packs) else 0,
+        smallest=int(tokens.min()) if len(tokens) else 0,
         most_samples=int(samples.max(initial=0)),
     )
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from varlen_sft.data.balance import Balance, deal, epoch_order, epoch_steps, imbalance
+from varlen_sft.data.balance import Balance, deal, epoch_order, imbalance, step_order, window_steps
 from varlen_sft.data.costs import Flops, ModelSizes, pack_costs, training_flops
+from varlen_sft.data.length_bins import Bin, histogram
 from varlen_sft.data.overlong import Overlong
-from varlen_sft.data.packing import Method, PackingStats, Packs, pack, packing_stats
-from varlen_sft.data.packs import checked_lengths
+from varlen_sft.data.packing import Method, PackingStats, pack
+from varlen_sft.data.packs import checked_lengths, counted
 from varlen_sft.data.plan_overlong import OverlongPlan, fit_lengths
 from varlen_sft.errors import InputError
+from varlen_sft.words import count
 
 __all__ = ["Bin", "OverlongPlan", "Plan", "PlanOptions", "Spread", "histogram", "make_plan"]
 
@@ -34,8 +36,8 @@ class PlanOptions:
     window: int = 64
     """W, samples that ``streaming`` holds."""
     balance: Balance = "window"
-    balance_steps: int = 256
-    """N, steps that are sorted together."""
+    balance_steps: int | None = None
+    """N, steps that are sorted together; ``balance.window_steps`` if None."""
     overlong: Overlong = "error"
     epochs: float = 1.0
     seed: int = 0
@@ -71,16 +73,6 @@ class Spread:
             return cls(0.0, 0.0, 0.0, 0.0)
         found = values.mean(), values.min(), values.max(), np.quantile(values, 0.99)
         return cls(*map(float, found))
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Samples of low <= length < high."""
-
-    low: int
-    high: int
-    samples: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -140,68 +132,88 @@ def make_plan(
     lengths, supervised, overlong = fit_lengths(
         lengths, supervised, options.max_tokens, options.overlong
     )
-    order = epoch_order(len(lengths), options.seed, epoch=0)
-    packs = pack(lengths[order], options.max_tokens, options.method, window=options.window)
-    packs = packs.relabelled(order)
-    if not len(packs):
+    held = _held(lengths, supervised, options, sizes)
+    packs = len(held.tokens)
+    if not packs:
         raise InputError(f"no sample to pack ({overlong.samples} were too long)")
-    if len(packs) < options.ranks:
-        raise InputError(f"the epoch has {len(packs)} packs, fewer than {options.ranks} ranks")
-    costs = packs.sums(lengths) if sizes is None else pack_costs(packs, lengths, sizes.a)
-    steps = _steps(costs, options)
-    uneven, waiting = _balance(costs, steps, options)
-    tokens, labels = int(lengths.sum(dtype=np.int64)), int(supervised.sum(dtype=np.int64))
+    if packs < options.ranks:
+        raise InputError(
+            f"an epoch has {count(packs, 'pack')}, fewer than {count(options.ranks, 'rank')}"
+        )
+    order = _step_order(held.costs, options)
+    uneven, waiting = _balance(held.costs, order, options)
+    tokens, labels = int(held.tokens.sum()), int(held.supervised.sum())
+    steps = -(-packs // options.step_packs)
     return Plan(
         options=replace(options, packs_per_step=options.step_packs),
         samples=len(lengths),
         tokens=tokens,
         supervised=labels,
         overlong=overlong,
-        packing=packing_stats(packs, lengths, options.max_tokens),
-        steps=len(steps),
-        last_step_packs=len(steps[-1]),
-        step_tokens=_per_step(packs, lengths, steps),
-        step_supervised=_per_step(packs, supervised, steps),
+        packing=counted(held.tokens, held.samples, options.max_tokens),
+        steps=steps,
+        last_step_packs=packs - (steps - 1) * options.step_packs,
+        step_tokens=_per_step(held.tokens, order, options),
+        step_supervised=_per_step(held.supervised, order, options),
         imbalance=uneven,
         waiting=waiting,
         cost_a=None if sizes is None else sizes.a,
-        flops=None if sizes is None else _flops(lengths, labels, sizes),
-        steps_wanted=math.ceil(round(options.epochs * len(steps), 6)),
+        flops=None if sizes is None else _flops(sizes, held, labels),
+        steps_wanted=math.ceil(round(options.epochs * steps, 6)),
         histogram=bins,
     )
 
 
-def histogram(lengths: np.ndarray) -> tuple[Bin, ...]:
-    """Bins whose edges are 2^k and 1.5 * 2^k, from the shortest sample to the longest."""
-    if not len(lengths):
-        return ()
-    edges = np.unique([int(2**k * part) for k in range(63) for part in (1, 1.5)])
-    first = np.searchsorted(edges, lengths.min(), side="right") - 1
-    last = np.searchsorted(edges, lengths.max(), side="right")
-    edges = edges[max(first, 0) : last + 1]
-    of = np.searchsorted(edges, lengths, side="right") - 1
-    samples = np.bincount(of, minlength=len(edges) - 1)
-    tokens = np.bincount(of, weights=lengths, minlength=len(edges) - 1).astype(np.int64)
-    parts = zip(edges[:-1], edges[1:], samples, tokens, strict=True)
-    return tuple(Bin(*map(int, part)) for part in parts)
+@dataclass(frozen=True)
+class _Held:
+    """What each pack holds, (P,) int64."""
+
+    samples: np.ndarray
+    tokens: np.ndarray
+    supervised: np.ndarray
+    costs: np.ndarray
 
 
-def _steps(costs: np.ndarray, options: PlanOptions) -> list[np.ndarray]:
-    return epoch_steps(
+def _held(
+    lengths: np.ndarray, supervised: np.ndarray, options: PlanOptions, sizes: ModelSizes | None
+) -> _Held:
+    """The packs of the first epoch, as a stream makes them."""
+    order = epoch_order(len(lengths), options.seed, epoch=0)
+    if len(order) < 2**31:
+        order = order.astype(np.int32)
+    drawn = lengths[order]
+    packs = pack(drawn, options.max_tokens, options.method, window=options.window)
+    tokens = packs.sums(drawn)
+    costs = tokens if sizes is None else pack_costs(packs, drawn, sizes.a)
+    del drawn
+    return _Held(np.diff(packs.starts), tokens, packs.sums(supervised[order]), costs)
+
+
+def _flops(sizes: ModelSizes, held: _Held, supervised: int) -> Flops:
+    tokens = int(held.tokens.sum())
+    squares = int(held.costs.sum()) - sizes.a * tokens
+    return training_flops(sizes, tokens, squares, supervised)
+
+
+def _step_order(costs: np.ndarray, options: PlanOptions) -> np.ndarray:
+    return step_order(
         costs,
         options.step_packs,
         balance=options.balance,
-        window=options.balance_steps,
+        window=options.balance_steps or window_steps(options.step_packs),
         seed=options.seed,
+        streamed=options.method == "streaming",
     )
 
 
-def _balance(
-    costs: np.ndarray, steps: list[np.ndarray], options: PlanOptions
-) -> tuple[Spread, float]:
+def _balance(costs: np.ndarray, order: np.ndarray, options: PlanOptions) -> tuple[Spread, float]:
     """Most over mean cost per micro-batch, and the share of waiting, of the full steps."""
-    full = [step for step in steps if len(step) == options.step_packs]
-    drawn = costs[np.array(full, dtype=np.int64).reshape(len(full), options.step_packs)]
+    packs = options.step_packs
+    full = order[: len(order) // packs * packs].reshape(-1, packs)
+    drawn = costs[full]
+    if options.ranks == 1:  # nobody to wait for
+        deal(drawn[:0], 1, options.accumulate)  # refuses what does not divide
+        return Spread.of(np.ones(len(full))), 0.0
     cells = deal(drawn, options.ranks, options.accumulate, balance=options.balance)
     uneven = imbalance(drawn, cells)
     work = np.take_along_axis(drawn, cells.reshape(drawn.shape), axis=-1).reshape(cells.shape)
@@ -210,13 +222,7 @@ def _balance(
     return Spread.of(uneven), float(1 - busy / most) if most else 0.0
 
 
-def _per_step(packs: Packs, values: np.ndarray, steps: list[np.ndarray]) -> Spread:
-    """Of the sums of the values in each step; all steps but the last are of one size."""
-    sums = packs.sums(values)[np.concatenate(steps)]
-    return Spread.of(np.add.reduceat(sums, np.arange(0, len(sums), len(steps[0]))))
-
-
-def _flops(lengths: np.ndarray, supervised: int, sizes: ModelSizes) -> Flops:
-    tokens = int(lengths.sum(dtype=np.int64))
-    squares = int(np.square(lengths, dtype=np.int64).sum())
-    return training_flops(sizes, tokens, squares, supervised)
+def _per_step(values: np.ndarray, order: np.ndarray, options: PlanOptions) -> Spread:
+    """Of the sums of the packs' values in each step; the last one may have fewer packs."""
+    starts = np.arange(0, len(order), options.step_packs)
+    return Spread.of(np.add.reduceat(values[order], starts))

@@ -18,7 +18,7 @@ class OverlongPlan:
     """Samples that are longer than a pack, and what the policy makes of them.
 
     Dropped ones are certain. What is cut is counted as for documents, which are cut anywhere;
-    conversations are cut at the edges of their turns, so that no more than this is kept of them.
+    conversations are cut after answers and between turns, so no more than this is kept of them.
     """
 
     policy: Overlong
@@ -57,8 +57,7 @@ def fit_lengths(
     else:
         kept, kept_labels = _split(long, labels, limit)
     if len(long):
-        lengths = np.concatenate([lengths[~over], kept])
-        supervised = np.concatenate([supervised[~over], kept_labels])
+        lengths, supervised = _joined(lengths, over, kept), _joined(supervised, over, kept_labels)
     return (
         lengths,
         supervised,
@@ -72,6 +71,15 @@ def fit_lengths(
             at_most=bool(len(long)) and policy in ("truncate", "split"),
         ),
     )
+
+
+def _joined(values: np.ndarray, over: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The values that are not over, and then what is kept of those that are; nothing twice."""
+    out = np.empty(len(values) - int(over.sum()) + len(kept), dtype=values.dtype)
+    first = len(out) - len(kept)
+    np.compress(~over, values, out=out[:first])
+    out[first:] = kept
+    return out
 
 
 def _split(long: np.ndarray, labels: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:

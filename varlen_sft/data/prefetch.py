@@ -7,6 +7,7 @@ to another. What is made comes out in the order of the items, whatever finished 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
+
+from varlen_sft.errors import RunError
 
 __all__ = ["Prefetch", "Stall"]
 
@@ -40,7 +43,9 @@ class Stall:
 class Prefetch(Iterator[Made], Generic[Item, Made]):
     """``make(item)`` of each item, in order. A context manager: leaving it ends the threads.
 
-    An exception of ``make`` or of the items is raised where their result would have come.
+    An exception of ``make`` or of the items is raised where their result would have come. A thread
+    that cannot even hand over its error ends the iteration with RunError, and so does a fork, whose
+    child has none of the threads: nobody waits for a result that nobody makes.
 
     Args:
         items: drawn in the workers, one at a time; may be endless.
@@ -71,12 +76,13 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
         self._make, self._items = make, iter(items)
         self._began = 0.0
         self._closed = False
+        self._process = os.getpid()
         self._drawing = threading.Lock()
         self._made: SimpleQueue[Future[Made]] = SimpleQueue()  # in the order of the items
         self._pool = ThreadPoolExecutor(workers, "prefetch") if workers else None
         if self._pool is not None:
             for _ in range(depth):
-                self._pool.submit(self._work)
+                self._begin(self._pool)
 
     def __next__(self) -> Made:
         asked = time.perf_counter()
@@ -97,7 +103,7 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
     def close(self) -> None:
         """End the threads; what is being made is finished and thrown away."""
         self._closed = True
-        if self._pool is not None:
+        if self._pool is not None and self._process == os.getpid():
             self._pool.shutdown(cancel_futures=True)
 
     def _here(self) -> Made:
@@ -108,9 +114,25 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
     def _taken(self, pool: ThreadPoolExecutor) -> Made:
         if self._closed:
             raise StopIteration
+        if self._process != os.getpid():
+            raise RunError(
+                f"results are made ahead in process {self._process}, and asked for in its child "
+                f"{os.getpid()}, which has no threads: begin the iteration there"
+            )
         made = self._made.get().result()
-        pool.submit(self._work)
+        self._begin(pool)
         return made
+
+    def _begin(self, pool: ThreadPoolExecutor) -> None:
+        pool.submit(self._work).add_done_callback(self._ended)
+
+    def _ended(self, work: Future[None]) -> None:
+        """Hand over what ``_work`` could not."""
+        error = None if work.cancelled() else work.exception()
+        if error is not None:
+            failed: Future[Made] = Future()
+            failed.set_exception(RunError(f"a thread that makes results ahead ended: {error!r}"))
+            self._made.put(failed)
 
     def _work(self) -> None:
         """Draw one item and make it; its result is waited for where it was drawn."""

@@ -8,15 +8,14 @@
 ========================= ===================================================================
 
 Layouts: of ``sidecar`` a document is the tokens of one sample. Of ``tokens+mask`` it is the tokens
-and then as many entries, 0 or 1: entry i says whether token i counts as a target, so that a reader
-takes ``mask[1:]`` with the labels ``tokens[1:]``. That layout has no weights but these.
+and then a mask of its labels (``masked_rows``), as Megatron's readers for fine-tuning take it; that
+layout has no other weights.
 All numbers are little-endian.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -25,14 +24,35 @@ from typing import Any
 
 import numpy as np
 
+from varlen_sft.data.masked_rows import weights_of
 from varlen_sft.data.megatron import Index, read_index
 from varlen_sft.data.sample import Sample
+from varlen_sft.data.store_manifest import (
+    FORMAT,
+    LAYOUTS,
+    MANIFEST,
+    VERSION,
+    file_of,
+    is_prepared,
+    read_manifest,
+)
 from varlen_sft.errors import InputError
 
-FORMAT = "varlen_sft prepared data"
-VERSION = 1
-LAYOUTS = ("sidecar", "tokens+mask")
-MANIFEST = ".manifest.json"
+__all__ = [
+    "FORMAT",
+    "LAYOUTS",
+    "MANIFEST",
+    "SIDECARS",
+    "TOKEN_DTYPE",
+    "VERSION",
+    "Store",
+    "file_of",
+    "is_prepared",
+    "layout_suffixes",
+    "read_manifest",
+    "store_rows",
+]
+
 TOKEN_DTYPE = np.dtype("<i4")
 SIDECARS: dict[str, np.dtype] = {".weights": np.dtype("<f4"), ".roles": np.dtype("u1")}
 """dtype of an entry, by suffix."""
@@ -44,16 +64,6 @@ _BLOCK = 1 << 22
 def layout_suffixes(layout: str) -> tuple[str, ...]:
     """The files that a layout has, without the manifest."""
     return (".bin", ".idx", *(s for s in SIDECARS if layout == "sidecar" or s != ".weights"))
-
-
-def file_of(prefix: str | os.PathLike[str], suffix: str) -> Path:
-    """``PREFIX`` with a suffix after it; a dot in its name stays."""
-    return Path(os.fspath(prefix) + suffix)
-
-
-def is_prepared(prefix: str | os.PathLike[str]) -> bool:
-    """Whether a manifest lies beside the prefix."""
-    return file_of(prefix, MANIFEST).is_file()
 
 
 class Store:
@@ -95,6 +105,9 @@ class Store:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.prefix,)  # another process maps the files, too: nothing is copied
+
     def sample(self, i: int) -> Sample:
         """Sample i of [0, N); its arrays are copies.
 
@@ -112,7 +125,7 @@ class Store:
             weights = self._sidecars[".weights"][start:end].astype(np.float32)
         else:
             ids, mask = self._tokens[2 * start : 2 * end].astype(np.int32).reshape(2, length)
-            weights = mask.astype(np.float32)
+            weights = weights_of(mask).astype(np.float32)
         try:
             return Sample(ids, weights, roles)
         except ValueError as error:
@@ -131,7 +144,6 @@ class Store:
             last = max(first + 1, int(np.searchsorted(self._ends, before + _BLOCK, "right")))
             starts = self._ends[first:last] - self.lengths[first:last] - before
             trained = self._trained(before, int(self._ends[last - 1]), first, last)
-            trained[starts] = False
             counts[first:last] = np.add.reduceat(trained, starts, dtype=np.int64)
             first = last
         return counts
@@ -150,12 +162,18 @@ class Store:
                 raise InputError("was changed: its sha256 is not the manifest's", file=path)
 
     def _trained(self, start: int, end: int, first: int, last: int) -> np.ndarray:
-        """(end - start,) bool of the tokens [start, end), those of the samples [first, last)."""
-        if self.layout == "sidecar":
-            return self._sidecars[".weights"][start:end] > 0
+        """(end - start,) bool, of the tokens [start, end) of the samples [first, last): as many in
+        each sample as it has targets."""
         lengths = self.lengths[first:last]
-        in_mask = np.repeat(np.tile([False, True], last - first), np.repeat(lengths, 2))
-        return self._tokens[2 * start : 2 * end][in_mask] > 0
+        ends = self._ends[first:last] - start
+        if self.layout == "sidecar":
+            trained = self._sidecars[".weights"][start:end] > 0
+            trained[ends - lengths] = False
+        else:
+            in_mask = np.repeat(np.tile([False, True], last - first), np.repeat(lengths, 2))
+            trained = self._tokens[2 * start : 2 * end][in_mask] > 0
+            trained[ends - 1] = False
+        return trained
 
 
 def store_rows(prefix: str | os.PathLike[str]) -> Iterator[tuple[int, dict]]:
@@ -170,39 +188,6 @@ def store_rows(prefix: str | os.PathLike[str]) -> Iterator[tuple[int, dict]]:
         (number, {"input_ids": sample.input_ids, "loss_mask": sample.token_weights})
         for number, sample in enumerate(samples, 1)
     )
-
-
-def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest beside a prefix, with all that Store needs of it.
-
-    Raises:
-        InputError: there is none, it is not JSON, of another version, or lacks a field.
-    """
-    path = file_of(prefix, MANIFEST)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            "no such file: not a prepared data set, or `varlen-sft prepare` has not finished it",
-            file=path,
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read: {error}", file=path) from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"must have the format {FORMAT!r}", file=path)
-    if manifest.get("version") != VERSION:
-        raise InputError(
-            f"must be of version {VERSION}, is of {manifest.get('version')!r}", file=path
-        )
-    if manifest.get("layout") not in LAYOUTS:
-        raise InputError(
-            f"layout must be one of {LAYOUTS}, is {manifest.get('layout')!r}", file=path
-        )
-    kinds = {"fingerprint": str, "counts": dict, "files": dict}
-    for name, kind in kinds.items():
-        if not isinstance(manifest.get(name), kind):
-            raise InputError(f"{name!r} is missing, or no {kind.__name__}", file=path)
-    return manifest
 
 
 def _prefix(prefix: str | os.PathLike[str]) -> Path:

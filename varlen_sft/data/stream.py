@@ -8,7 +8,6 @@ on from it with other ranks, workers or accumulation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,57 +16,28 @@ import numpy as np
 from varlen_sft.data.balance import deal
 from varlen_sft.data.order import Order, OrderedStep, OrderOptions
 from varlen_sft.data.prefetch import Prefetch, Stall
-from varlen_sft.data.sample import Sample
 from varlen_sft.data.stream_sources import Source, Sources
 from varlen_sft.data.stream_state import Position, differences, read_state, write_state
+from varlen_sft.data.stream_step import Counts, Step, StreamOptions, counted, idle, micro_batches
 from varlen_sft.errors import InputError
 
 if TYPE_CHECKING:
     from varlen_sft.data.batch import PackedBatch
 
-__all__ = ["OrderOptions", "PackStream", "Source", "Step", "StreamOptions"]
+__all__ = ["Counts", "OrderOptions", "PackStream", "Source", "Step", "StreamOptions"]
 
 _NONE = np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamOptions:
-    """How a rank gets its part; nothing of it changes the global batches."""
-
-    rank: int = 0
-    ranks: int = 1
-    accumulate: int = 1
-    """A, micro-batches of a step on each rank."""
-    workers: int = 1
-    """Threads that read and collate, more than one for a disk that is waited for; 0 does it when a
-    step is asked for."""
-    depth: int | None = None
-    """Steps made ahead; two per worker if None."""
-    pin: bool | None = None
-    """Page-locked memory; None where CUDA is there."""
-    pad_to: int | None = None
-    pad_multiple: int = 1
-    pad_id: int = 0
-    """Of ``collate``; also the token of a rank that has nothing to do."""
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One step: all its packs, and the micro-batches of this rank."""
-
-    epoch: int
-    step: int  # in the epoch
-    packs: tuple[np.ndarray, ...]  # of all ranks: int64 ids of samples, see Sources.origin
-    batches: tuple[PackedBatch, ...]  # A of them, each of P / (ranks x A) packs
-    samples: tuple[np.ndarray, ...]  # of each batch: int64 ids, one per sequence; none if idle
-    last: bool  # of its epoch
 
 
 class PackStream:
     """Iterates over steps without end, epoch after epoch, from the position it is at.
 
     A rank with nothing left to do in the last step of an epoch gets a batch of one token that
-    weighs 0, so that all ranks run as many micro-batches.
+    weighs 0 (padded where padding is asked for), so that all ranks run as many micro-batches.
+
+    Construction packs nothing: an epoch is packed when its first step is asked for, or ahead of
+    that in a thread. A stream may be sent to another process, which opens the sources again, and
+    used after a fork; an iteration belongs to the process that began it.
 
     Args:
         sources: prepared sets.
@@ -77,6 +47,7 @@ class PackStream:
     Attributes:
         sources: all samples by the ids of ``Step.packs``.
         order: the global order.
+        accumulate: A, micro-batches of each step.
         stall: how long the consumer of the latest iteration waited.
 
     Raises:
@@ -92,22 +63,32 @@ class PackStream:
         options: StreamOptions | None = None,
     ) -> None:
         self.options, self._options = order, options or StreamOptions()
+        self.accumulate = micro_batches(self._options, order.packs_per_step, order.max_tokens)
         self.sources = Sources(sources, order.max_tokens)
         self.order = Order(self.sources.lengths, order, self.sources.mixture(order))
-        self._check()
+        self.order.check_ranks(self._options.ranks)
         self.stall = Stall()
         self._position = Position()
         self._owner: object = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        made_of = self.sources.parts, self.options, self._options
+        return PackStream, made_of, {"_position": self._position}
+
     def __iter__(self) -> Iterator[Step]:
         """Steps from the position on; the position is behind a step as soon as it is given out.
 
-        RuntimeError if the stream was moved, or iterated again, since this iteration began.
+        Raises:
+            RuntimeError: the stream was moved, or iterated again, since this iteration began; or
+                this is another process than the one that began it.
+            RunError: a thread that makes steps has ended.
         """
         owner = self._owner = object()
         self.stall = Stall()
         position, options = self._position, self._options
-        steps = self.order.walk(position.epoch, position.step, position.start)
+        steps = self.order.walk(
+            position.epoch, position.step, position.start, ahead=options.workers > 0
+        )
         ahead = Prefetch(
             steps, self._made, workers=options.workers, depth=options.depth, stall=self.stall
         )
@@ -175,36 +156,37 @@ class PackStream:
 
     def _made(self, ordered: OrderedStep) -> tuple[Step, Position]:
         """This rank's part of a step, and the position after it."""
-        options = self._options
         cells = deal(
             ordered.costs,
-            options.ranks,
-            options.accumulate,
+            self._options.ranks,
+            self.accumulate,
             packs_per_step=self.options.packs_per_step,
             balance=self.options.balance,
         )
         samples = tuple(
             np.concatenate([_NONE, *(ordered.packs[k] for k in cell if k >= 0)])
-            for cell in cells[:, options.rank].tolist()
+            for cell in cells[:, self._options.rank].tolist()
         )
-        batches = tuple(map(self._batch, samples))
-        step = Step(ordered.epoch, ordered.step, ordered.packs, batches, samples, ordered.last)
+        batches, counts = zip(*map(self._batch, samples), strict=True)
+        step = Step(
+            ordered.epoch, ordered.step, ordered.packs, batches, samples, counts, ordered.last
+        )
         if ordered.last:
             return step, Position(ordered.epoch + 1)
         return step, Position(ordered.epoch, ordered.step + 1, ordered.start)
 
-    def _batch(self, ids: np.ndarray) -> PackedBatch:
+    def _batch(self, ids: np.ndarray) -> tuple[PackedBatch, Counts]:
         from varlen_sft.data.batch import collate
 
         options = self._options
         samples = [self.sources.sample(i) for i in ids.tolist()]
         batch = collate(
-            samples or [_idle(options.pad_id)],
+            samples or [idle(options)],
             pad_to=options.pad_to,
             pad_multiple=options.pad_multiple,
             pad_id=options.pad_id,
         )
-        return batch.pin_memory() if self._pin else batch
+        return batch.pin_memory() if self._pin else batch, counted(samples)
 
     @cached_property
     def _pin(self) -> bool:
@@ -212,24 +194,3 @@ class PackStream:
 
         wanted = self._options.pin
         return torch.cuda.is_available() if wanted is None else wanted
-
-    def _check(self) -> None:
-        options, order = self._options, self.options
-        # Refuses what does not divide.
-        deal(_NONE, options.ranks, options.accumulate, packs_per_step=order.packs_per_step)
-        if not 0 <= options.rank < options.ranks:
-            raise InputError(f"rank must be in [0, {options.ranks}), is {options.rank}")
-        in_batch = order.packs_per_step // (options.ranks * options.accumulate)
-        if options.pad_to is not None and options.pad_to < in_batch * order.max_tokens:
-            raise InputError(
-                f"pad_to must be at least {in_batch} x max_tokens = {in_batch * order.max_tokens}, "
-                f"a micro-batch of {in_batch} packs, is {options.pad_to}"
-            )
-        found = self.order.epoch(0).packs()
-        if found < options.ranks:
-            raise InputError(f"an epoch has {found} packs, fewer than {options.ranks} ranks")
-
-
-def _idle(token: int) -> Sample:
-    """One row without a label."""
-    return Sample(np.full(2, token, np.int32), np.zeros(2, np.float32), np.zeros(2, np.uint8))

@@ -35,6 +35,7 @@ class Sources:
     """All of them together.
 
     Attributes:
+        parts: the sources.
         lengths: (N,) integers, input tokens per sample (L - 1 of a sample of L tokens).
 
     Raises:
@@ -42,15 +43,16 @@ class Sources:
     """
 
     def __init__(self, sources: Sequence[Source], max_tokens: int) -> None:
-        self._sources = list(sources)
-        self._rows = [_rows(part, max_tokens, k) for k, part in enumerate(sources, 1)]
-        self._starts = np.cumsum([0, *map(len, self._rows)])
-        self.lengths = np.concatenate(self._rows) if self._rows else np.zeros(0, np.int32)
+        self.parts = list(sources)
+        rows = [_rows(part, max_tokens, k) for k, part in enumerate(sources, 1)]
+        rows = rows or [np.zeros(0, np.int32)]
+        self._starts = np.cumsum([0, *map(len, rows)])
+        self.lengths = rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     @property
     def fingerprint(self) -> str:
         """Of all sources, in their order."""
-        prints = [source.fingerprint for source in self._sources]
+        prints = [source.fingerprint for source in self.parts]
         if len(prints) == 1:
             return prints[0]
         return hashlib.sha256(json.dumps(prints).encode()).hexdigest()
@@ -61,11 +63,11 @@ class Sources:
         Raises:
             InputError: weights that do not fit the sources.
         """
-        units = self._rows
+        units = np.split(self.lengths, self._starts[1:-1])
         if options.weights is None or options.weights_count == "samples":
-            units = [np.ones(len(rows), np.int8) for rows in self._rows]
+            units = [np.ones(len(rows), np.int8) for rows in units]
         elif options.weights_count == "supervised":
-            units = [source.supervised for source in self._sources]
+            units = [source.supervised for source in self.parts]
         return Mixture(units, options.weights, options.seed)
 
     def origin(self, sample: int) -> tuple[int, int]:
@@ -78,7 +80,7 @@ class Sources:
     def sample(self, sample: int) -> Sample:
         """Read it; IndexError."""
         source, number = self.origin(sample)
-        return self._sources[source].sample(number)
+        return self.parts[source].sample(number)
 
 
 def _rows(source: Source, max_tokens: int, number: int) -> np.ndarray:

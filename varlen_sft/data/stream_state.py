@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from varlen_sft.data.files import write_whole
 from varlen_sft.data.order import OrderOptions
 from varlen_sft.errors import InputError
 
-__all__ = ["VERSION", "Position", "differences", "read_options", "read_state", "write_state"]
+__all__ = [
+    "VERSION",
+    "Position",
+    "differences",
+    "load_state",
+    "read_options",
+    "read_state",
+    "save_state",
+    "write_state",
+]
 
 VERSION = 1
 _NUMBERS = ("seed", "epoch", "step", "packs_per_step")
@@ -61,6 +73,28 @@ def read_state(state: Mapping[str, Any]) -> Position:
     if not isinstance(state.get("options"), Mapping) or not isinstance(window, Mapping | None):
         raise InputError("options and window of the stream's state must be dictionaries")
     return Position(state["epoch"], state["step"], window)
+
+
+def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Write a state to a JSON file, whole and on the disk, or not at all; OSError."""
+    write_whole(Path(path), (json.dumps(state, indent=1) + "\n").encode())
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A state from its file.
+
+    Raises:
+        InputError: the file cannot be read, or holds no state.
+    """
+    try:
+        state = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", file=path) from None
+    try:
+        read_options(state)
+    except InputError as error:
+        raise InputError(error.reason, file=path) from None
+    return state
 
 
 def read_options(state: Mapping[str, Any]) -> OrderOptions:

@@ -1,4 +1,4 @@
-"""A conversation cut at the edges of its turns, and what of each part is its own.
+"""A conversation cut between its turns or after an answer, and what of each part is its own.
 
 A part is the system message and turns that follow each other. The system message, and whatever else
 the template writes before the first turn, is in every part, but is trained in the first one only.
@@ -23,7 +23,9 @@ _HEAD = (ROLES.index("none"), ROLES.index("system"))
 class Turns:
     """The turns of a conversation: a user's message and all up to the next user's.
 
-    So tool calls stay with their results, and each turn ends with an answer.
+    So tool calls stay with their results, and each turn ends with an answer. A turn may hold many
+    answers, calls of tools among them: ``by_answer`` takes each of them for a turn, with what came
+    before it.
 
     Args:
         edges: the index of the first message of each turn, and the number of messages.
@@ -37,6 +39,20 @@ class Turns:
         messages = conversation.messages
         starts = [i for i, message in enumerate(messages) if message.role == "user"]
         return cls(conversation, (*starts, len(messages)))
+
+    def by_answer(self) -> Turns:
+        messages = self.conversation.messages
+        ends = [i for i, message in enumerate(messages, 1) if message.role == "assistant"]
+        return replace(self, edges=(self.edges[0], *ends))
+
+    def ends_at_user(self, turn: int) -> bool:
+        """Whether the user speaks after a turn, or nobody."""
+        after = self.conversation.messages[self.edges[turn + 1] :][:1]
+        return all(message.role == "user" for message in after)
+
+    def at(self, message: int) -> int:
+        """The turn that begins with a message, by its index."""
+        return self.edges.index(message)
 
     def __len__(self) -> int:
         return len(self.edges) - 1

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from varlen_sft.data.masks import MaskOptions
 from varlen_sft.data.sample import ROLES
 from varlen_sft.tools.doctor_data import EXAMPLES, Census
-from varlen_sft.tools.doctor_finding import Finding, count, listed
+from varlen_sft.tools.doctor_finding import Finding
+from varlen_sft.words import count, listed
 
 __all__ = ["ask_data"]
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Finding", "count", "listed", "quoted", "shape"]
+__all__ = ["Finding", "quoted", "shape"]
 
 Verdict = Literal["pass", "fail", "note"]
 SHOWN = 60  # characters of a text that is quoted
@@ -25,17 +24,6 @@ class Finding:
 def quoted(text: str) -> str:
     """A text in quotes with its white space visible; the end of a long one, where answers begin."""
     return repr(text if len(text) <= SHOWN else "..." + text[-SHOWN:])
-
-
-def count(number: int, what: str) -> str:
-    """``1 row``, ``2,000 rows``."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def listed(names: Iterable[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
-    *most, last = names
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def shape(reason: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from varlen_sft.data.conversation import Conversation
-from varlen_sft.tools.doctor_finding import Finding, count, listed
+from varlen_sft.tools.doctor_finding import Finding
 from varlen_sft.tools.doctor_probes import Subject, Turn, thought_of, turns, whole
+from varlen_sft.words import count, listed
 
 __all__ = ["History", "history_kept", "look_back"]
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from varlen_sft.data.conversation import ConversationError
 from varlen_sft.data.marks import common_prefix, place
-from varlen_sft.tools.doctor_finding import Finding, count, listed, quoted, shape
+from varlen_sft.tools.doctor_finding import Finding, quoted, shape
 from varlen_sft.tools.doctor_history import history_kept
 from varlen_sft.tools.doctor_probes import BASIC, Subject, Turn, turns
 from varlen_sft.tools.doctor_tokens import bos, control_text, padding, stops, straddles
+from varlen_sft.words import count, listed
 
 __all__ = ["QUESTIONS", "ask"]
 

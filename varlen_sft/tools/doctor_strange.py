@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from varlen_sft.data.conversation import Conversation, Row, Text
-from varlen_sft.tools.doctor_finding import count
+from varlen_sft.words import count
 
 __all__ = ["Strange", "Traits", "odd_characters", "strangest"]
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from varlen_sft.data.conversation import ConversationError
 from varlen_sft.data.sample import ROLES, Sample
-from varlen_sft.tools.doctor_finding import Finding, count, listed, quoted
+from varlen_sft.tools.doctor_finding import Finding, quoted
 from varlen_sft.tools.doctor_probes import BASIC, Subject, stop_tokens, turns
+from varlen_sft.words import count, listed
 
 __all__ = ["bos", "control_text", "padding", "stops", "straddles"]
 

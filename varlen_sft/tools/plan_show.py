@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from varlen_sft.data.files import write_whole
 from varlen_sft.data.plan import Bin, Plan, Spread
 from varlen_sft.tools.page import Html, document, section, table, tag
+from varlen_sft.words import count
 
-__all__ = ["facts", "histogram_lines", "screen", "write_plan_page"]
+__all__ = ["facts", "histogram_lines", "plan_page", "screen"]
 
 BAR = 40  # cells of the longest bar
 EIGHTHS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589"
@@ -42,18 +40,19 @@ def facts(plan: Plan) -> dict[str, str]:
     """What to tell, line by line, as text."""
     options, packing = plan.options, plan.packing
     told = {
-        "samples": f"{plan.samples:,} of {plan.tokens:,} tokens, {plan.supervised:,} supervised "
-        f"({plan.supervised / plan.tokens:.1%})",
+        "samples": f"{plan.samples:,} of {count(plan.tokens, 'token')}, {plan.supervised:,} "
+        f"supervised ({plan.supervised / plan.tokens:.1%})",
         "over-long": _overlong(plan),
-        "packs": f"{packing.packs:,} of at most {options.max_tokens:,} tokens ({options.method}), "
-        f"{packing.fill:.2%} full, {packing.samples / packing.packs:.1f} samples in each, "
-        f"at most {packing.most_samples:,}",
-        "steps": f"{plan.steps:,} per epoch of {options.packs_per_step} packs ({options.ranks} "
-        f"ranks x {options.accumulate} micro-batches){_last(plan)}",
+        "packs": f"{packing.packs:,} of at most {count(options.max_tokens, 'token')} "
+        f"({options.method}), {packing.fill:.2%} full, {packing.samples / packing.packs:.1f} "
+        f"samples in each, at most {packing.most_samples:,}",
+        "steps": f"{plan.steps:,} per epoch, {_step(plan)}",
         "tokens per step": _spread(plan.step_tokens),
         "supervised per step": _spread(plan.step_supervised),
         "imbalance": _imbalance(plan),
+        "FLOPs per epoch": "unknown, without --model",
     }
+    wanted = f"{count(plan.steps_wanted, 'step')} for {count(options.epochs, 'epoch')}"
     if plan.flops:
         each = plan.flops
         told["FLOPs per epoch"] = (
@@ -61,29 +60,33 @@ def facts(plan: Plan) -> dict[str, str]:
             f"{each.attention / each.total:.1%}, head {each.head / each.total:.1%}; "
             f"{each.total / plan.steps:.3e} per step"
         )
-    told["wanted"] = f"{plan.steps_wanted:,} steps for {options.epochs:g} epochs"
-    if plan.flops:
-        told["wanted"] += f", {plan.flops.total * options.epochs:.3e} FLOPs"
-    return told
+        wanted += f", {each.total * options.epochs:.3e} FLOPs"
+    return told | {"wanted": wanted}
 
 
 def _overlong(plan: Plan) -> str:
     over = plan.overlong
     if not over.samples:
-        return f"none, more than {plan.options.max_tokens:,} tokens would be"
+        return f"none, more than {count(plan.options.max_tokens, 'token')} would be"
     what = {
         "drop": "dropped",
-        "truncate": f"truncated to {over.kept_tokens:,} tokens",
-        "split": f"split into {over.kept_samples:,} parts",
+        "truncate": f"truncated to {count(over.kept_tokens, 'token')}, fewer where conversations "
+        "are cut after an answer",
+        "split": f"split into {count(over.kept_samples, 'part')}, more and shorter ones where "
+        "conversations are cut between turns",
     }[over.policy]
-    less = ", or less where conversations are cut at turns" if over.at_most else ""
-    return f"{over.samples:,} of {over.tokens:,} tokens, the longest {over.longest:,}: {what}{less}"
+    return (
+        f"{over.samples:,} of {count(over.tokens, 'token')}, the longest {over.longest:,}: {what}"
+    )
 
 
-def _last(plan: Plan) -> str:
-    if plan.last_step_packs == plan.options.packs_per_step:
-        return ""
-    return f", the last of {plan.last_step_packs}"
+def _step(plan: Plan) -> str:
+    """What a step is made of."""
+    options = plan.options
+    packs = options.step_packs
+    cells = f"{count(options.ranks, 'rank')} x {count(options.accumulate, 'micro-batch')}"
+    last = "" if plan.last_step_packs == packs else f", the last of {plan.last_step_packs:,}"
+    return f"each of {count(packs, 'pack')} ({cells}){last}"
 
 
 def _spread(of: Spread) -> str:
@@ -97,7 +100,7 @@ def _imbalance(plan: Plan) -> str:
         return "none, there is one rank"
     if not of.mean:
         return "no step is full"
-    cost = "T" if plan.cost_a is None else f"{plan.cost_a:,} T + sum l^2"
+    cost = f"{plan.cost_a:,} T + sum l^2" if plan.cost_a else "T, tokens alone without --model"
     return (
         f"most / mean cost of a micro-batch {of.mean:.4f} on average, 99 % below {of.p99:.4f}, "
         f"worst {of.most:.4f} (balance {options.balance}); ranks wait {plan.waiting:.2%} of the "
@@ -125,7 +128,7 @@ def _rows(bins: tuple[Bin, ...]) -> Iterator[tuple[str, str, str]]:
     for b in bins:
         yield (
             f"{b.low:,} to {b.high - 1:,}",
-            f"{b.samples:,} samples",
+            count(b.samples, "sample"),
             f"{b.tokens / max(total, 1):.1%} of tokens",
         )
 
@@ -139,12 +142,8 @@ def _bar(value: int, most: int) -> str:
 # ---------------------------------------------------------------------- page
 
 
-def write_plan_page(path: str | os.PathLike[str], plan: Plan, title: str) -> None:
-    """Write the page, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+def plan_page(plan: Plan, title: str) -> str:
+    """A page that needs nothing else."""
     pairs: list[Html] = []
     for name, value in facts(plan).items():
         pairs += tag("dt", name), tag("dd", value, data_field=name)
@@ -153,8 +152,7 @@ def write_plan_page(path: str | os.PathLike[str], plan: Plan, title: str) -> Non
         tag("dl", *pairs),
         section("Lengths before packing", _bars(plan.histogram)),
     ]
-    page = document(f"varlen-sft plan: {title}", body, STYLE)
-    write_whole(Path(path), page.encode())
+    return document(f"varlen-sft plan: {title}", body, STYLE)
 
 
 def _bars(bins: tuple[Bin, ...]) -> Html:

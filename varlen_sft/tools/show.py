@@ -20,6 +20,8 @@ from varlen_sft.tools.show_step import check_step_options, step_pieces
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from varlen_sft.data.order import OrderOptions
+
 __all__ = ["Answer", "Run", "ShowOptions", "Shown", "gather", "readable", "run", "target_weights"]
 
 MAX_TOKENS = 2048  # of a planned pack, as in the demo
@@ -42,9 +44,11 @@ class ShowOptions:
     sample_processor: str | None = None
     mask_token_ids: tuple[int, ...] = ()
     masks: MaskOptions = MaskOptions()
-    step: int | None = None  # of a run over a prepared set, from 1
+    step: int | None = None  # of a run over prepared sets, from 1
     step_pack: int = 1
     state: Path | None = None  # of the run's stream, as JSON
+    order: OrderOptions | None = None  # of the run, instead of a state
+    sources: tuple[str, ...] = ()  # prepared sets that the run has after ``file``
 
 
 @dataclass(frozen=True)
