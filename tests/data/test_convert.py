@@ -69,7 +69,7 @@ def test_other_sets_say_what_is_trained(tmp_path):
         {"input_ids": [1, 2], "loss_mask": [1, 1]},
         {"input_ids": [3, 1, 0, 1], "loss_mask": [1, 1, 1, 1]},
     ]
-    convert(f"sft:{write(plain, [[[3, 1, 0, 1]]])}", tmp_path / "out")
+    convert(f"sft:{write(plain, [[[3, 1, 1, 0]]])}", tmp_path / "out")
     assert lines(tmp_path / "out") == [{"input_ids": [3, 1], "loss_mask": [0, 1]}]
     for row in ({"text": "x"}, chat("a", "b")):
         with pytest.raises(InputError, match="row 1: expected tokens and what of them is trained"):
@@ -86,3 +86,37 @@ def test_ids_of_another_tokenizer_are_named(tmp_path, model, prefix):
     with pytest.raises(InputError, match=r"plain, row 2: not of this tokenizer: ids must be in"):
         convert(f"pretrain:{plain}", tmp_path / "out", tokenizer)
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("source", ["packed", "sft:masked", "pretrain:plain", "tokens+mask"])
+def test_every_kind_of_set_is_the_same_after_json_lines(tmp_path, model, source, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = -(2**31)
+    pack = [0x53465442, 1, 2, 0, 3, 5, 6 + trained, 7, 8, 9 + trained]
+    write(Path("packed"), [[pack]], 4)
+    write(Path("masked"), [[[5, 6, 7, 0, 1, 0]], [[8, 9, 0, 0]]])
+    write(Path("plain"), [[[5, 6, 7]], [[8, 9]]])
+    if source == "tokens+mask":
+        rows = [chat("hello", "it is."), chat("what?", "hello")]
+        made(tmp_path / source, model, jsonl(tmp_path / "rows.jsonl", rows), layout=source)
+    assert convert(source, tmp_path / "rows.jsonl") == 2
+    made(tmp_path / "straight", model, source)
+    made(tmp_path / "around", model, tmp_path / "rows.jsonl")
+    straight, around = contents(tmp_path / "straight"), contents(tmp_path / "around")
+    for suffix in (".bin", ".idx", ".weights"):
+        assert straight[suffix] == around[suffix]
+    if source in ("packed", "sft:masked"):
+        assert [line["loss_mask"] for line in lines(tmp_path / "rows.jsonl")] == [[0, 0, 1], [0, 0]]
+
+
+def test_a_multimodal_set_is_refused_by_every_command(tmp_path, model, capsys):
+    write(tmp_path / "set", [[[1, 2], [3]]], modes=b"\0\1")
+    source = f"pretrain:{tmp_path / 'set'}"
+    told = f"varlen-sft: error: {tmp_path / 'set'}.idx: a multimodal data set (it stores modes), "
+    for command in (
+        ["convert", source, str(tmp_path / "out")],
+        ["prepare", source, "--model", str(model), "--out", str(tmp_path / "out")],
+    ):
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err.startswith(told)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.bin", "set.idx"]

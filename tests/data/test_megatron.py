@@ -47,10 +47,15 @@ def test_large_ids_are_no_negative_ones(tmp_path):
 
 
 def test_documents_of_tokens_and_mask(tmp_path):
-    prefix = write(tmp_path / "data", [[[7, 8, 9, 0, 1, 1]], [[]], [[5, 1]]])
+    # Entry i is of the label of token i: in the first row, of 8, of 9, and of none.
+    prefix = write(tmp_path / "data", [[[7, 8, 9, 0, 1, 0]], [[]], [[5, 0]], [[1, 2, 1, 1]]])
     rows = [row for _, row in megatron_rows(prefix, with_mask=True)]
-    assert [row["input_ids"].tolist() for row in rows] == [[7, 8, 9], [], [5]]
-    assert [row["loss_mask"].tolist() for row in rows] == [[0, 1, 1], [], [1]]
+    assert [row["input_ids"].tolist() for row in rows] == [[7, 8, 9], [], [5], [1, 2]]
+    assert [row["loss_mask"].tolist() for row in rows] == [[0, 0, 1], [], [0], [0, 1]]
+    assert rows[0]["loss_mask"].dtype == np.uint16
+    write(tmp_path / "data", [[[7, 8, 9, 0, 1, 0]], [[7, 8, 9, 0, 1, 1]]])
+    with pytest.raises(InputError, match=r"data.bin, row 2: the mask ends in 1, where no label"):
+        list(megatron_rows(prefix, with_mask=True))
 
 
 @pytest.mark.parametrize("tokens", [[7, 0, 1], [7, 8, 1, 2]])

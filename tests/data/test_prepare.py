@@ -124,7 +124,7 @@ def test_tokens_and_mask(tmp_path, model, data):
     samples = expected(model, data)
     assert_holds(tmp_path / "set", samples)
     words = np.frombuffer(contents(tmp_path / "set")[".bin"], "<i4")
-    halves = [half for s in samples for half in (s.input_ids, s.token_weights)]
+    halves = [half for s in samples for half in (s.input_ids, [*s.token_weights[1:], 0])]
     np.testing.assert_array_equal(words, np.concatenate(halves))
     assert done.manifest["readers"]["varlen_sft"]["targets"] == done.manifest["counts"]["targets"]
     with pytest.raises(InputError, match="so neither equal_sample_weight nor such a prompt_weight"):
@@ -216,8 +216,8 @@ def test_workers_stay_small_and_without_torch(tmp_path, model, data, monkeypatch
 
 
 def test_what_is_no_input_is_named(tmp_path, model, data):
-    with pytest.raises(InputError, match=r"hub:a/b: what is on the hub has no fingerprint"):
-        made(tmp_path / "set", model, "hub:a/b")
+    with pytest.raises(InputError, match=r"/dev/null: is no regular file: an input is read twice"):
+        made(tmp_path / "set", model, "/dev/null")
     with pytest.raises(InputError, match="none.jsonl: no such file"):
         made(tmp_path / "set", model, data, tmp_path / "none.jsonl")
     for name, rows in (("empty", []), ("blank", [{"text": ""}])):

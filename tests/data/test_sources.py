@@ -223,7 +223,7 @@ def test_what_the_hub_refuses_is_named(hub):
 
 def test_megatron_documents_with_and_without_a_mask(folder):
     write(Path("plain"), [[[1, 2], [3]]])
-    write(Path("masked"), [[[1, 2, 3, 0, 1, 1]]])
+    write(Path("masked"), [[[1, 2, 3, 1, 1, 0]]])
     ((_, row),) = read_rows("pretrain:plain")
     assert isinstance(row, Tokens) and row.input_ids.dtype == np.int32
     assert row.input_ids.tolist() == [1, 2, 3] and row.token_weights.tolist() == [1, 1, 1]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from varlen_sft.commands.arguments import adder, console, new_command
+from varlen_sft.words import count
 
 DESCRIPTION = """\
 Write a set of tokens as JSON lines, one for each sample.
@@ -17,8 +18,8 @@ bit. With --decode it is the text instead: {"segments": [{"role", "weight", "tex
 not to train.
 
 PREFIX is a prepared set; or another of Megatron's, and then it says what is trained:
-pretrain:PREFIX is text, sft:PREFIX is tokens followed by a mask. Packed rows of Megatron-Bridge say
-it themselves, and are taken apart.
+pretrain:PREFIX is text, sft:PREFIX is tokens followed by a mask of labels (entry i is for token
+i + 1). Packed rows of Megatron-Bridge ('SFTB') say it themselves, and are taken apart.
 """
 EXAMPLES = """\
 examples:
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from varlen_sft.data.convert import convert
 
     tokenizer = None if args.decode is None else ChatTokenizer.from_folder(args.decode)
-    count = convert(args.source, args.out, tokenizer)
-    console().print(f"{args.out}: {count:,} samples", markup=False, highlight=False)
+    samples = convert(args.source, args.out, tokenizer)
+    told = f"{args.out}: {count(samples, 'sample')}"
+    console().print(told, markup=False, highlight=False)
     return 0

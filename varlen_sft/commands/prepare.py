@@ -28,28 +28,36 @@ Tokenise and mask rows once, in parallel, and write a data set that trains from 
 Writes PREFIX.bin and PREFIX.idx, which Megatron reads too (int32, one document per sample), the
 weights and roles of all tokens beside them, and PREFIX.manifest.json: the fingerprint of inputs,
 template, tokenizer and settings, counts, and what each reader of the files would train. Megatron's
-own reader trains every token of them; --layout tokens+mask is for readers of tokens followed by a
-mask.
+GPTDataset trains every token of them; --layout tokens+mask writes each document as its tokens and
+then a mask of its labels (entry i is for token i + 1), as Megatron's readers for fine-tuning take
+it.
 
 Killed at any time and run again it goes on, from finished chunks in PREFIX.parts, and the files
 come out byte for byte the same, however many worked. Run again when it is done, it does nothing;
 what has another fingerprint is replaced with --force only. A bad row, or a full disk, leaves what
-was there.
+was there. A second run on the same PREFIX is refused while one is at work.
 
 On a cluster, start it n times with --shard 1/n ... n/n, anywhere that sees the same folder, then
 `varlen-sft merge PREFIX`.
 
 {SOURCES}
-What is on the hub has no fingerprint: save it (datasets.save_to_disk) and prepare that folder. The
-PREFIX of an earlier set is an input too, with its weights.
+What is on the hub is downloaded whole, into the cache of `datasets`, and its files there are hashed
+and read. The PREFIX of an earlier set is an input too, with its weights.
 """
 EXAMPLES = """\
 examples:
   varlen-sft prepare chats.jsonl --model DIR --out data/chats
+several sources; of books.bin/.idx every token is trained:
   varlen-sft prepare a.parquet sft:b.jsonl pretrain:books --model DIR --out data/mix --workers 16
+cut conversations between turns where they do not fit a pack:
   varlen-sft prepare chats.jsonl --model DIR --out data/chats --max-tokens 4096 --overlong split
+leave bad rows out, and list them with the reason in data/chats.rejects.jsonl:
   varlen-sft prepare chats.jsonl --model DIR --out data/chats --on-error skip
+one job of eight, in any order and on any machines; after them all, merge:
   varlen-sft prepare chats.jsonl --model DIR --out data/chats --shard 3/8
+  varlen-sft merge data/chats
+what to do next:
+  varlen-sft plan data/chats --max-tokens 4096
 """
 
 

@@ -16,7 +16,7 @@ from varlen_sft.ops.sequences import sequences_from_lengths
 from varlen_sft.reference import position_ids_from_lengths
 from varlen_sft.types import IGNORE_INDEX, Sequences
 
-__all__ = ["PackedBatch", "collate", "shift"]
+__all__ = ["PackedBatch", "collate", "shift", "tail_lengths"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def collate(
             )
     inputs, labels, weights = zip(*(shift(sample) for sample in samples), strict=True)
     lengths = [len(ids) for ids in inputs]
-    tail = _tail_lengths(lengths, pad_to, pad_multiple)
+    tail = tail_lengths(lengths, pad_to, pad_multiple)
     pad = sum(tail)
     batch_labels = _tensor(labels, IGNORE_INDEX, pad)
     batch_weights = _tensor(weights, 0, pad)
@@ -136,7 +136,8 @@ def collate(
     )
 
 
-def _tail_lengths(lengths: Sequence[int], pad_to: int | None, multiple: int) -> list[int]:
+def tail_lengths(lengths: Sequence[int], pad_to: int | None, multiple: int) -> list[int]:
+    """Sequences that fill a pack up to ``pad_to``, then to a ``multiple``; see ``collate``."""
     total, longest = sum(lengths), max(lengths)
     if multiple < 1:
         raise ValueError(f"pad_multiple must be at least 1, got {multiple}")

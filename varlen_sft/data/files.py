@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +12,8 @@ from typing import Any, BinaryIO
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that appears whole, on the disk, or not at all; OSError."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # Random, since hosts that share a folder can have processes of one number.
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with part.open("wb") as file:
             file.write(data)

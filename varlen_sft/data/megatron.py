@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from varlen_sft.data.masked_rows import split_masked
 from varlen_sft.data.packed_rows import is_packed, split_packed
 from varlen_sft.errors import InputError
 
@@ -124,8 +125,8 @@ def megatron_rows(prefix: Path, *, with_mask: bool = False) -> Iterator[tuple[in
 
     Args:
         prefix: of the files.
-        with_mask: documents are tokens followed by as many mask entries, 0 or 1 for each token, as
-            Megatron's readers for fine-tuning take them; rows then have a ``loss_mask`` too.
+        with_mask: documents are tokens followed by a mask (``masked_rows``); rows then have a
+            ``loss_mask`` too.
 
     Raises:
         InputError: see read_index; with row, a document that is not tokens and a mask, or that
@@ -145,20 +146,10 @@ def _documents(index: Index, with_mask: bool) -> Iterator[tuple[int, dict]]:
         yield from enumerate(_packed(path, documents), 1)
         return
     for number, tokens in documents:
-        if not with_mask:
-            yield number, {"input_ids": tokens}
-            continue
-        half = len(tokens) // 2
-        if len(tokens) % 2 or (
-            len(tokens) and not 0 <= tokens[half:].min() <= tokens[half:].max() <= 1
-        ):
-            raise InputError(
-                "expected tokens and as many mask entries, 0 or 1 ('sft:' reads documents so), "
-                f"got {len(tokens)} entries that are not",
-                file=path,
-                row=number,
-            )
-        yield number, {"input_ids": tokens[:half], "loss_mask": tokens[half:]}
+        try:
+            yield number, split_masked(tokens) if with_mask else {"input_ids": tokens}
+        except InputError as error:
+            raise InputError(error.reason, file=path, row=number) from None
 
 
 def _tokens(path: Path, index: Index) -> Iterator[np.ndarray]:

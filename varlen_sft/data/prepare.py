@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from varlen_sft.data.load import OnError
-from varlen_sft.data.prepare_chunks import make_parts
+from varlen_sft.data.prepare_chunks import make_parts, own_rows
 from varlen_sft.data.prepare_folder import (
     PARTS,
     gather,
@@ -25,6 +25,7 @@ from varlen_sft.data.prepare_folder import (
     read_plan,
     write_total,
 )
+from varlen_sft.data.prepare_lock import empty, locked
 from varlen_sft.data.prepare_parts import part_numbers, part_path, read_header, read_part
 from varlen_sft.data.prepare_plan import Plan, PrepareOptions, differences, make_plan
 from varlen_sft.data.store import (
@@ -42,8 +43,8 @@ from varlen_sft.errors import InputError, RunError
 __all__ = ["PrepareOptions", "Prepared", "Progress", "merge", "prepare"]
 
 Progress = Callable[[Literal["hash", "rows", "write"], int, int | None], None]
-"""Told what is being done, how much of it is done and how much there is, if that is known: bytes of
-the inputs that are hashed, rows that are tokenised, chunks that are written."""
+"""Told what is being done, how much of it is done and how much there is, about, if that is known:
+bytes of the inputs that are hashed, rows that are tokenised, chunks that are written."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,31 @@ def prepare(options: PrepareOptions, progress: Progress = lambda *_: None) -> Pr
     Raises:
         InputError: an input, model or row cannot be used (with on_error ``error`` the first such
             row); there are no samples; a set, or parts, of another fingerprint are in the way.
-        RunError: a worker died, the disk is full, or an input was changed meanwhile. The parts that
-            are finished stay; a set that was there stays as it was.
+        RunError: a worker died, the disk is full, an input was changed meanwhile, or another run
+            is at work on the same. The parts that are finished stay; a set that was there stays as
+            it was.
     """
+    with locked(file_of(options.out, PARTS), options.shard):
+        return _prepare(options, progress)
+
+
+def _prepare(options: PrepareOptions, progress: Progress) -> Prepared:
     plan = make_plan(options, lambda done, total: progress("hash", done, total))
     out, folder = options.out, file_of(options.out, PARTS)
     there = _in_the_way(out, plan, options.force)
     if there is not None:
         return there
     open_parts(folder, plan, options.force)
+    rows = own_rows(plan, options)
+
+    def done_rows(done: int) -> None:
+        progress("rows", done, rows and max(rows, done))
+
     try:
-        counted = make_parts(options, plan, folder, lambda done: progress("rows", done, plan.rows))
+        counted = make_parts(options, plan, folder, done_rows)
     except InputError:
-        if next(part_numbers(folder), None) is None:  # nothing to go on from
-            shutil.rmtree(folder)
+        if options.shard is None and next(part_numbers(folder), None) is None:
+            empty(folder)  # nothing to go on from
         raise
     if options.shard is not None:
         write_total(folder, counted.chunks)
@@ -113,12 +125,19 @@ def merge(
         InputError: parts are missing, or of several fingerprints; and as prepare.
         RunError: as prepare.
     """
+    with locked(file_of(out, PARTS)):
+        return _merge(out, list(folders), on_error, force, progress)
+
+
+def _merge(
+    out: Path, folders: list[Path], on_error: OnError, force: bool, progress: Progress
+) -> Prepared:
     own = file_of(out, PARTS)
-    folders = list(folders) or [own]
+    folders = folders or [own]
     plans = [read_plan(folder) for folder in folders]
     plan = plans[0]
     for folder, other in zip(folders, plans, strict=True):
-        if (other.fingerprint, other.chunk_rows) != (plan.fingerprint, plan.chunk_rows):
+        if other.work != plan.work:
             raise InputError(
                 f"is of another fingerprint than {folders[0]}, which differs in "
                 f"{differences(other.content, plan.content)}",
@@ -129,9 +148,9 @@ def merge(
         return there
     parts = gather(folders)
     for path in parts:
-        header = read_header(path)
-        if on_error == "error" and header and header["counts"]["rejected"]:
-            row, reason = header["left_out"][0]
+        header = read_header(path, plan.work)
+        if on_error == "error" and header and header["first_rejected"]:
+            row, reason = header["first_rejected"]
             raise InputError(reason, file=plan.names[header["source"]], row=row)
     open_parts(own, plan, force)
     manifest = _assemble(out, own, plan, parts, progress)
@@ -151,7 +170,7 @@ def _assemble(
             writer = StoreWriter(out, Path(scratch), layout)
             try:
                 for done, path in enumerate(parts, 1):
-                    header, arrays = read_part(path)
+                    header, arrays = read_part(path, plan.work)
                     writer.add(*arrays)
                     name = plan.names[header["source"]]
                     for row, reason in header["left_out"]:
@@ -166,13 +185,13 @@ def _assemble(
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error}; what was there is untouched") from None
     if not writer.samples:
-        shutil.rmtree(folder)
+        empty(folder)
         raise InputError(
             f"{counts['rows']} rows give no samples ({counts['rejected']} cannot be used), so "
             "nothing was written",
             file=", ".join(plan.names),
         )
-    shutil.rmtree(folder)
+    empty(folder)
     return read_manifest(out)
 
 
@@ -210,5 +229,5 @@ def _in_the_way(out: Path, plan: Plan, force: bool) -> Prepared | None:
         )
     Store(out)  # raises if it is not whole
     if parts:
-        shutil.rmtree(folder)  # of a run that was killed when all but this was done
+        empty(folder)  # of a run that was killed when all but this was done
     return Prepared("there", plan.fingerprint, manifest)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from varlen_sft.data.prepare_inputs import input_rows
+from varlen_sft.data.prepare_inputs import input_rows, row_size
 from varlen_sft.data.prepare_parts import part_path, read_header
 from varlen_sft.data.prepare_plan import Plan, PrepareOptions, input_states
 from varlen_sft.data.prepare_pool import WorkerPool
@@ -36,8 +36,8 @@ def make_parts(
         InputError: for the first row, in order, that cannot be used.
         RunError: a worker died, a part cannot be written, an input was changed meanwhile.
     """
-    missing = _Missing(options, folder)
-    with WorkerPool(_job(options, folder), options.workers) as pool:
+    missing = _Missing(options, plan, folder)
+    with WorkerPool(_job(options, plan, folder), options.workers) as pool:
         for outcome in pool.outcomes(missing):
             missing.note(outcome)
             progress(missing.rows_done)
@@ -49,14 +49,21 @@ def make_parts(
     return missing.counted
 
 
+def own_rows(plan: Plan, options: PrepareOptions) -> int | None:
+    """Rows that are this shard's, about; all of them without shards, None where nobody knows."""
+    if plan.rows is None or options.shard is None:
+        return plan.rows
+    return -(-plan.rows // options.shard[1])
+
+
 class _Missing(Iterator[Chunk]):
     """The chunks of this shard that have no part, up to the first that failed."""
 
-    def __init__(self, options: PrepareOptions, folder: Path) -> None:
+    def __init__(self, options: PrepareOptions, plan: Plan, folder: Path) -> None:
         self.counted, self.rows_done = Counted(), 0
         self.failed: dict[int, InputError] = {}
-        self._options, self._folder = options, folder
-        self._chunks = _chunks(options)
+        self._options, self._work, self._folder = options, plan.work, folder
+        self._chunks = _chunks(options, plan)
         self._sizes: dict[int, int] = {}  # rows of the chunks that are worked on
 
     def __next__(self) -> Chunk:
@@ -93,13 +100,13 @@ class _Missing(Iterator[Chunk]):
         return chunk % step == first - 1
 
     def _is_finished(self, chunk: int) -> bool:
-        header = read_header(part_path(self._folder, chunk))
+        header = read_header(part_path(self._folder, chunk), self._work)
         if header is None:
             return False
         return self._options.on_error == "skip" or not header["counts"]["rejected"]
 
 
-def _job(options: PrepareOptions, folder: Path) -> Job:
+def _job(options: PrepareOptions, plan: Plan, folder: Path) -> Job:
     return Job(
         options.model,
         options.template,
@@ -108,13 +115,21 @@ def _job(options: PrepareOptions, folder: Path) -> Job:
         options.mask_token_ids,
         options.layout,
         folder,
+        plan.work,
     )
 
 
-def _chunks(options: PrepareOptions) -> Iterator[Chunk]:
-    number = 0
+def _chunks(options: PrepareOptions, plan: Plan) -> Iterator[Chunk]:
+    number, (most, largest) = 0, plan.chunk
     for place, source in enumerate(options.sources):
-        rows = input_rows(source)
-        while taken := list(islice(rows, options.chunk_rows)):
+        taken: list[tuple[int, Any]] = []
+        size = 0
+        for row in input_rows(source):
+            taken.append(row)
+            size += row_size(row[1])
+            if len(taken) == most or size >= largest:
+                yield Chunk(number, place, source, taken)
+                number, taken, size = number + 1, [], 0
+        if taken:
             yield Chunk(number, place, source, taken)
             number += 1

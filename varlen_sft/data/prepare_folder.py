@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from varlen_sft.data.files import write_whole
+from varlen_sft.data.prepare_lock import empty
 from varlen_sft.data.prepare_parts import part_numbers, part_path
 from varlen_sft.data.prepare_plan import Plan, differences
 from varlen_sft.errors import InputError, RunError
@@ -26,17 +26,17 @@ def open_parts(folder: Path, plan: Plan, force: bool) -> None:
     """
     if (folder / _PLAN).is_file():
         old = read_plan(folder)
-        same = (old.fingerprint, old.chunk_rows) == (plan.fingerprint, plan.chunk_rows)
+        same = old.work == plan.work
         if same and old.names == plan.names:
             return
-        if not same and not force:
+        if not same and not force and next(part_numbers(folder), None) is not None:
             raise InputError(
                 "unfinished work of another fingerprint is in the way (it differs in "
                 f"{differences(old.content, plan.content)}); --force removes it",
                 file=folder,
             )
         if not same:
-            shutil.rmtree(folder)
+            empty(folder)
     _write(folder / _PLAN, plan.as_json())
 
 
@@ -60,7 +60,7 @@ def gather(folders: Sequence[Path]) -> list[Path]:
 def read_plan(folder: Path) -> Plan:
     """The plan that the parts in a folder are of; InputError if there is none."""
     found = _read(folder / _PLAN)
-    return Plan(found["content"], tuple(found["names"]), found["chunk_rows"])
+    return Plan(found["content"], tuple(found["names"]), tuple(found["chunk"]))
 
 
 def is_of(folder: Path, plan: Plan) -> bool:

@@ -56,29 +56,39 @@ def write_part(path: Path, header: dict[str, Any], samples: Sequence[Sample]) ->
     write_whole(path, b"".join((_HEAD.pack(_MAGIC, len(head)), head, payload)))
 
 
-def read_header(path: Path) -> dict[str, Any] | None:
-    """The header of a part; None if there is no such file, or it is not as long as it says."""
+def read_header(path: Path, work: str) -> dict[str, Any] | None:
+    """The header of a part; None if there is no such file, or it is not as long as it says.
+
+    Args:
+        work: see ``Plan.work``; a part of other work counts as none.
+    """
     try:
         with path.open("rb") as file:
-            return _header(file.read(_HEAD.size), file, path.stat().st_size)
+            header = _header(file.read(_HEAD.size), file, path.stat().st_size)
     except FileNotFoundError:
         return None
+    return header if header is not None and header.get("work") == work else None
 
 
-def read_part(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
+def read_part(path: Path, work: str) -> tuple[dict[str, Any], list[np.ndarray]]:
     """The header, and lengths (n,), input_ids, token_weights and roles (T,).
 
     Raises:
         RunError: it is gone or damaged; a damaged one is removed, to be made again.
     """
-    header = read_header(path)
+    header = read_header(path, work)
     if header is None:
-        raise RunError(f"{path} is gone or damaged since it was made: run the same again")
+        raise RunError(
+            f"{path} is gone or damaged since it was made: run what made it again, which makes it "
+            "anew"
+        )
     data = path.read_bytes()
     payload = data[len(data) - _payload_size(header) :]
     if zlib.crc32(payload) != header["crc32"]:
         path.unlink()
-        raise RunError(f"{path} was damaged and is removed: run the same again to make it anew")
+        raise RunError(
+            f"{path} was damaged and is removed: run what made it again, which makes it anew"
+        )
     arrays, start = [], 0
     for dtype, count in zip(_DTYPES, _counts(header), strict=True):
         arrays.append(np.frombuffer(payload, dtype=dtype, count=count, offset=start))

@@ -15,13 +15,18 @@ from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.load import OnError, Policy
 from varlen_sft.data.masks import MaskOptions
 from varlen_sft.data.overlong import Overlong
-from varlen_sft.data.prepare_inputs import count_rows, file_blocks, input_files
+from varlen_sft.data.prepare_count import count_rows
+from varlen_sft.data.prepare_inputs import file_blocks, input_files
 from varlen_sft.data.sources import Source
 from varlen_sft.data.store import LAYOUTS
 from varlen_sft.errors import InputError
 
 CHUNK_ROWS = 256
 """Input rows that are worked on, and can be lost, at a time."""
+
+CHUNK_SIZE = 1 << 20
+"""Rows of a chunk end early where they have so much text: long ones would fill a worker's memory,
+at some 100 bytes per token."""
 
 VERSION = 1
 """Part of the fingerprint: raised when the same rows and settings give other samples."""
@@ -32,7 +37,7 @@ class PrepareOptions:
     """What to prepare; ``varlen-sft prepare --help`` says it in words.
 
     Args:
-        inputs: source strings, see ``sources.Source.parse``; no hub names.
+        inputs: source strings, see ``sources.Source.parse``; of the hub see ``hub_files``.
         model: folder with tokenizer and chat template.
         out: prefix of the files to write.
         template: a Jinja file instead of the folder's template.
@@ -42,7 +47,7 @@ class PrepareOptions:
 
     Raises:
         ValueError: an unknown word or a number out of range.
-        InputError: no input, an input on the hub, or a layout that cannot hold the weights.
+        InputError: no input, or a layout that cannot hold the weights.
     """
 
     inputs: tuple[str, ...]
@@ -72,13 +77,6 @@ class PrepareOptions:
             raise ValueError(f"shard must be i of n with 1 <= i <= n, got {self.shard}")
         if not self.inputs:
             raise InputError("nothing to prepare: no input was named")
-        for source in self.sources:
-            if source.hub:
-                raise InputError(
-                    "what is on the hub has no fingerprint: save it (datasets.save_to_disk) and "
-                    "prepare that folder",
-                    file=str(source),
-                )
         weighed = self.masks.equal_sample_weight or self.masks.prompt_weight not in (0, 1)
         if self.layout == "tokens+mask" and weighed:
             raise InputError(
@@ -110,14 +108,14 @@ class Plan:
     Args:
         content: inputs (hashes), tokenizer, template and settings.
         names: of the inputs, as they were written.
-        chunk_rows: of the parts.
-        rows: of all inputs together, at most; None where nobody knows before they are read.
+        chunk: the most rows of a part, and their size, see ``prepare_inputs.row_size``.
+        rows: of all inputs together, about; None where nobody knows before they are read.
         states: see input_states, before they were read.
     """
 
     content: dict[str, Any]
     names: tuple[str, ...]
-    chunk_rows: int
+    chunk: tuple[int, int]
     rows: int | None = None
     states: tuple[Any, ...] = ()
 
@@ -126,9 +124,14 @@ class Plan:
         text = json.dumps(self.content, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def work(self) -> str:
+        """What parts have to agree in to make one set: the fingerprint, and how rows are cut."""
+        return ":".join([self.fingerprint, *map(str, self.chunk)])
+
     def as_json(self) -> dict[str, Any]:
         """What a shard leaves for merge."""
-        return {"content": self.content, "names": self.names, "chunk_rows": self.chunk_rows}
+        return {"content": self.content, "names": self.names, "chunk": self.chunk}
 
 
 def make_plan(options: PrepareOptions, progress: Callable[[int, int], None]) -> Plan:
@@ -158,7 +161,7 @@ def make_plan(options: PrepareOptions, progress: Callable[[int, int], None]) -> 
         size = sum(size for *_, size in files)
         entry = {"mode": source.mode, "split": source.split, "bytes": size, "files": hashes}
         inputs.append(entry)
-        rows.append(count_rows(source, lines + (end != b"\n")))
+        rows.append(count_rows(source, files, lines + (end != b"\n")))
     content = {
         "version": VERSION,
         "inputs": inputs,
@@ -167,7 +170,7 @@ def make_plan(options: PrepareOptions, progress: Callable[[int, int], None]) -> 
         "settings": _settings(options),
     }
     known = None if None in rows else sum(count for count in rows if count is not None)
-    return Plan(content, options.inputs, options.chunk_rows, known, states)
+    return Plan(content, options.inputs, (options.chunk_rows, CHUNK_SIZE), known, states)
 
 
 def vocabulary_size(model: Path) -> int | None:

@@ -33,7 +33,7 @@ class WorkerPool:
     def __init__(self, job: Job, workers: int) -> None:
         self._job, self._workers = job, workers
         self._processes: dict[Connection, subprocess.Popen] = {}
-        self._busy: dict[Connection, int] = {}
+        self._busy: dict[Connection, Chunk] = {}
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -59,7 +59,7 @@ class WorkerPool:
             while connection is None:
                 yield from self._finished()
                 connection = self._idle()
-            self._busy[connection] = chunk.number
+            self._busy[connection] = chunk
             try:
                 connection.send(chunk)
             except ConnectionError:
@@ -79,7 +79,7 @@ class WorkerPool:
         # stands in sys.path.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM, str(there.fileno())],
+            [sys.executable, "-P", "-c", _PROGRAM, str(there.fileno()), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             pass_fds=[there.fileno()],
             env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
@@ -100,9 +100,10 @@ class WorkerPool:
             yield outcome
 
     def _died(self, connection: Connection) -> RunError:
-        status = self._processes[connection].wait()
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with {status}"
+        status, chunk = self._processes[connection].wait(), self._busy[connection]
+        how = f"was killed by signal {-status} (too little memory?)" if status < 0 else "failed"
+        first, last = chunk.rows[0][0], chunk.rows[-1][0]
         return RunError(
-            f"a worker {how} at chunk {self._busy[connection]} (too little memory?); what is "
-            "finished is kept: run the same again to go on"
+            f"a worker {how} at chunk {chunk.number}, rows {first} to {last} of {chunk.name}; what "
+            "is finished is kept: run the same again to go on"
         )

@@ -7,6 +7,7 @@ which started it happens to have imported. It ends when the other side of its co
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from varlen_sft.data.sources import Source, load_processor, parse_rows
 from varlen_sft.data.tally import LoadCounts
 from varlen_sft.errors import InputError
 
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
 TEMPLATE_COUNTS = ("straddles_cut", "rewritten_turns", "spelled_control")
 """Of ``ChatTokenizer.counts``."""
 
@@ -39,6 +42,7 @@ class Job:
     mask_token_ids: tuple[int, ...]
     layout: str
     folder: Path  # of the parts
+    work: str  # see prepare_plan.Plan
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,19 @@ class Outcome:
     failure: str | None = None  # of the machine
 
 
+class _LeftOut:
+    """Rows that are in no sample, and why; the first of them that cannot be used."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[Any]] = []
+        self.first_rejected: list[Any] | None = None
+
+    def add(self, row: int, reason: str, rejected: int) -> None:
+        self.rows.append([row, reason])
+        if rejected and self.first_rejected is None:  # a row is counted, then told
+            self.first_rejected = [row, reason]
+
+
 class Worker:
     """Makes parts."""
 
@@ -78,7 +95,7 @@ class Worker:
             InputError: a row cannot be used.
             OSError: the part cannot be written.
         """
-        counts, left_out = LoadCounts(), []
+        counts, left_out = LoadCounts(), _LeftOut()
         self._tokenizer.counts.clear()
         parsed = ((n, parse_line(r) if isinstance(r, bytes) else r) for n, r in chunk.rows)
         rows = parse_rows(chunk.name, parsed, self._processor, self._job.mask_token_ids)
@@ -89,16 +106,18 @@ class Worker:
             self._tokenizer,
             self._job.policy,
             counts,
-            lambda row, reason: left_out.append([row, reason]),
+            lambda row, reason: left_out.add(row, reason, counts.rejected),
         ):
             if self._job.layout == "tokens+mask":
                 _check_mask(str(chunk.name), number, made)
             samples += made
         header = {
+            "work": self._job.work,
             "chunk": chunk.number,
             "source": chunk.source,
             "counts": flat_counts(counts) | {n: self._tokenizer.counts[n] for n in TEMPLATE_COUNTS},
-            "left_out": left_out,
+            "left_out": left_out.rows,
+            "first_rejected": left_out.first_rejected,
         }
         write_part(part_path(self._job.folder, chunk.number), header, samples)
         _give_back_memory()
@@ -153,9 +172,19 @@ def _received(connection: Connection) -> Iterator[Chunk]:
         yield connection.recv()
 
 
+def _die_with(parent: int) -> None:
+    """End when the process that started this one is killed, on Linux; elsewhere after the chunk."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before
+            sys.exit()
+
+
 def main() -> None:
-    """Serve the connection whose descriptor is the argument."""
+    """Serve the connection whose descriptor is the first argument, of the process in the second."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the other side ends us
+    _die_with(int(sys.argv[2]))
     try:
         serve(Connection(int(sys.argv[1])))
     except (EOFError, ConnectionError):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from varlen_sft.data.files import HashedFile, sync_folder
+from varlen_sft.data.masked_rows import with_mask
 from varlen_sft.data.megatron import HEADER, MAGIC, VERSION
 from varlen_sft.data.sample import Sample
 from varlen_sft.data.store import (
@@ -54,7 +55,7 @@ class StoreWriter:
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
         self.prefix, self.layout = prefix, layout
-        self.samples = self.tokens = self.targets = self._unshifted = 0
+        self.samples = self.tokens = self.targets = self._second = 0
         self._folder = folder
         self._files = {s: HashedFile(folder / f"new{s}") for s in layout_suffixes(layout)}
         self._lengths = HashedFile(folder / "new.lengths")
@@ -81,17 +82,17 @@ class StoreWriter:
         if self.layout == "sidecar":
             self._files[".bin"].write(ids.tobytes())
         else:
-            self._files[".bin"].write(_with_mask(lengths, ids, token_weights).tobytes())
+            self._files[".bin"].write(with_mask(lengths, ids, token_weights).tobytes())
         entries = lengths if self.layout == "sidecar" else 2 * lengths.astype(np.int64)
         if len(entries) and entries.max() > np.iinfo(np.int32).max:
             raise InputError(f"a sample has {lengths.max()} tokens, more than an index can say")
         self._lengths.write(entries.astype("<i4").tobytes())
         trained, ends = token_weights > 0, np.cumsum(lengths, dtype=np.int64)
-        total = int(trained.sum())
+        starts = ends - lengths
         self.samples += len(lengths)
         self.tokens += int(ends[-1]) if len(ends) else 0
-        self.targets += total - int(trained[ends - lengths].sum())
-        self._unshifted += total - int(trained[ends - 1].sum())
+        self.targets += int(trained.sum()) - int(trained[starts].sum())
+        self._second += int(trained[starts[lengths > 1] + 1].sum())
 
     def reject(self, line: Mapping[str, Any]) -> None:
         """Append a line to the rejects."""
@@ -150,10 +151,13 @@ class StoreWriter:
             return {"varlen_sft": ours, "Megatron GPTDataset": plain}
         return {
             "varlen_sft": ours,
-            "takes mask[1:] with the labels tokens[1:]": {**ours, "trains": "what is meant"},
-            "takes mask[i] with the label tokens[i + 1]": {
-                "targets": self._unshifted,
-                "trains": "the token after each that is meant: such a reader is off by one",
+            "Megatron SFT, mask[i] with the label tokens[i + 1]": {
+                **ours,
+                "trains": "what is meant",
+            },
+            "a reader of mask[1:] with the labels tokens[1:]": {
+                "targets": self.targets - self._second,
+                "trains": "the token before each that is meant: such a reader is off by one",
             },
             "Megatron GPTDataset": {
                 "targets": 2 * self.tokens - 1,
@@ -224,20 +228,3 @@ def write_store(
             writer.finish({"fingerprint": fingerprint or digest.hexdigest()})
         finally:
             writer.discard()
-
-
-def _with_mask(lengths: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Of each sample its tokens, then 1 for each that is a target."""
-    bad = (weights != 0) & (weights != 1)
-    if bad.any():
-        raise InputError(
-            f"the layout tokens+mask holds weights of 0 and 1 only, a token weighs "
-            f"{weights[int(bad.argmax())]:g}: take the layout sidecar"
-        )
-    ends = np.cumsum(lengths)
-    pieces = [
-        half[end - length : end]
-        for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)
-        for half in (ids, weights.astype(TOKEN_DTYPE))
-    ]
-    return np.concatenate(pieces) if pieces else ids

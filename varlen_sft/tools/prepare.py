@@ -15,6 +15,7 @@ from varlen_sft.data.prepare_folder import PARTS
 from varlen_sft.data.store import file_of
 from varlen_sft.data.store_write import REJECTS
 from varlen_sft.errors import InputError
+from varlen_sft.words import count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,11 +24,11 @@ _STAGES = {"hash": "hashing", "rows": "tokenising", "write": "writing"}
 _UNITS = {"hash": "MiB", "rows": "rows", "write": "chunks"}
 _LINE_EVERY = 30.0  # seconds between lines in a log
 _NOTABLE = {
-    "rejected": "rows cannot be used and are left out",
-    "untrained": "rows without a sample: no answer in them is trained, by their weights",
-    "overlong_dropped": "over-long rows are left out",
-    "overlong_truncated": "over-long rows are truncated",
-    "overlong_split": "over-long rows are split",
+    "rejected": "rows that cannot be used, left out",
+    "untrained": "rows left out since no answer in them is trained, by their weights",
+    "overlong_dropped": "over-long rows, left out",
+    "overlong_truncated": "over-long rows, truncated",
+    "overlong_split": "over-long rows, split",
     "rewritten_turns": "answers whose thinking the template leaves out",
     "straddles_cut": "answers cut from a header that a token would have reached over",
     "spelled_control": "rows whose contents spell control tokens, kept as text",
@@ -70,17 +71,18 @@ def show(out: Path, done: Prepared, console: Console) -> None:
         say(f"{out} was prepared already, of the same inputs, template and settings: nothing done")
     share = counts["targets"] / max(1, counts["tokens"])
     say(
-        f"{out}: {counts['samples']:,} samples, {counts['tokens']:,} tokens, "
-        f"{counts['targets']:,} of them targets ({share:.1%}), of {counts['rows']:,} rows"
+        f"{out}: {count(counts['samples'], 'sample')}, {count(counts['tokens'], 'token')}, "
+        f"{counts['targets']:,} of them targets ({share:.1%}), of {count(counts['rows'], 'row')}"
     )
     for name, text in _NOTABLE.items():
         if counts[name]:
-            say(f"  {counts[name]:,} {text}")
+            say(f"  {text}: {counts[name]:,}")
     if done.manifest["rejects"]:
         say(f"  what is left out, and why: {file_of(out, REJECTS)}")
     say("what a reader of it trains:")
-    for name, facts in done.manifest["readers"].items():
-        say(f"  {name}: {facts['targets']:,} targets, {facts['trains']}")
+    readers = sorted(done.manifest["readers"].items(), key=lambda item: item[0] != "varlen_sft")
+    for name, facts in readers:
+        say(f"  {name}: {count(facts['targets'], 'target')}, {facts['trains']}")
     say(f"fingerprint {done.fingerprint}")
 
 
@@ -97,6 +99,7 @@ def progress_on(console: Console) -> Iterator[Progress]:
         BarColumn(),
         TextColumn("{task.fields[numbers]}"),
         TimeRemainingColumn(),
+        TextColumn("left"),
     )
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
