@@ -111,7 +111,7 @@ BAD = {
     ".manifest.json: does not match its files: it counts 8 tokens, the index 9": (
         lambda p: change_manifest(p, counts={"samples": 3, "tokens": 8})
     ),
-    ".manifest.json: must be of version 1, is of 2": lambda p: change_manifest(p, version=2),
+    ".manifest.json: must be of version 2, is of 1": lambda p: change_manifest(p, version=1),
     ".manifest.json: 'fingerprint' is missing, or no str": (
         lambda p: change_manifest(p, fingerprint=None)
     ),

@@ -52,13 +52,15 @@ class ChatTokenizer:
             rows whose contents spell control tokens, which were kept as text.
 
     Args:
-        tokenizer_json: the text of a ``tokenizer.json``.
+        tokenizer_json: a ``tokenizer.json``, as text or as the bytes of the file.
         template: the chat template.
     """
 
-    def __init__(self, tokenizer_json: str, template: ChatTemplate) -> None:
+    def __init__(self, tokenizer_json: str | bytes, template: ChatTemplate) -> None:
         self._encoder = TextEncoder(tokenizer_json)
-        self._tokenizer_json = tokenizer_json
+        # Not kept itself: a large one takes as much memory as what is made of it.
+        data = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
+        self._tokenizer_hash = hashlib.sha256(data).hexdigest()
         self.template = template
         self.special_tokens = dict(template.special_tokens)
         # What a model stops at is control, also where its tokenizer does not hold it as special.
@@ -88,7 +90,7 @@ class ChatTokenizer:
             raise InputError("no tokenizer.json in this folder", file=folder)
         loaded = read_template(Path(folder), None if template is None else Path(template))
         try:
-            return cls(path.read_text(encoding="utf-8"), loaded)
+            return cls(path.read_bytes(), loaded)
         except Exception as error:  # tokenizers raises a bare Exception, its reason is the text
             raise InputError(f"not a tokenizer that can be used: {error}", file=path) from None
 
@@ -186,7 +188,7 @@ class ChatTokenizer:
 
     def fingerprint(self) -> str:
         """sha256 over all that decides text and ids: tokenizer, template, special tokens."""
-        state = [self._tokenizer_json, self.template.source, self.special_tokens]
+        state = [self._tokenizer_hash, self.template.source, self.special_tokens]
         state.append(list(self.template.stop_tokens))
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

@@ -59,14 +59,16 @@ class TextEncoder:
     """Texts to tokens and their places, on all of the tokenizer's threads.
 
     Args:
-        tokenizer_json: the text of a ``tokenizer.json``. Truncation and padding, which it may ask
-            for, are taken off: they would cut or pad every row behind our back.
+        tokenizer_json: a ``tokenizer.json``, as text or as the bytes of the file. Truncation and
+            padding, which it may ask for, are taken off: they would cut or pad every row behind our
+            back.
     """
 
-    def __init__(self, tokenizer_json: str) -> None:
+    def __init__(self, tokenizer_json: str | bytes) -> None:
         from tokenizers import Tokenizer, decoders
 
-        self.tokenizer: Tokenizer = Tokenizer.from_str(tokenizer_json)
+        data = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
+        self.tokenizer: Tokenizer = Tokenizer.from_buffer(data)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.byte_level = isinstance(self.tokenizer.decoder, decoders.ByteLevel)

@@ -10,7 +10,7 @@ from typing import Any
 from varlen_sft.errors import InputError
 
 FORMAT = "varlen_sft prepared data"
-VERSION = 1
+VERSION = 2
 LAYOUTS = ("sidecar", "tokens+mask")
 MANIFEST = ".manifest.json"
 

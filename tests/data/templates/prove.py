@@ -77,7 +77,7 @@ def with_template(chat: ChatTokenizer, name: str) -> ChatTokenizer:
     """The same tokenizer with another template: reading a large one takes seconds."""
     known = {"TextEncoder": lambda _: chat._encoder, "ControlTokens": lambda *_: chat.control}
     with patch.multiple("varlen_sft.data.chat", **known):
-        return chat_tokenizer(chat._tokenizer_json, name)
+        return chat_tokenizer(chat._encoder.tokenizer.to_str(), name)
 
 
 def trained(chat: ChatTokenizer, sample: Sample) -> list[str]:
