@@ -118,12 +118,18 @@ def measure(load: Load, args: argparse.Namespace, progress: Callable[[str], None
     return facts | {"seconds": times} | describe(load)
 
 
-def add_memory(rows: list[dict], load: Load, threads: int, progress: Callable[[str], None]) -> None:
+def add_memory(
+    rows: list[dict],
+    load: Load,
+    threads: int,
+    progress: Callable[[str], None],
+    program: str = __file__,
+) -> None:
     """Peak memory of each candidate that computes a loss, and its share of HF padded's."""
     scored = [row for row in rows if row["loss"] is not None]
     for row in scored:
         progress(f"memory of {row['candidate']}, in a process of its own")
-        row |= step_bench.peak_memory(row["candidate"], load, threads, program=[__file__])
+        row |= step_bench.peak_memory(row["candidate"], load, threads, program=[program])
     padded = next(row["peak_bytes"] for row in scored if row["candidate"] == "hf padded")
     for row in scored:
         row["memory_over_padded"] = row["peak_bytes"] / padded

@@ -42,6 +42,10 @@ def test_every_sequence_of_a_pack_has_the_bits_of_transformers_alone(rope):
     assert_bits_equal_alone(tiny_hf_config(rope), [5, 33, 16, 17, 1, 40, 32])
 
 
+def test_frequencies_of_a_long_sequence_do_not_depend_on_its_place_in_a_pack():
+    assert_bits_equal_alone(tiny_hf_config("dynamic"), [41, 73, 3, 61, 85, 109])
+
+
 @pytest.mark.parametrize("extra", YARN_VARIANTS, ids=str)
 def test_yarn_variants(extra):
     config = tiny_hf_config("yarn")

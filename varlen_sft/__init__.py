@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Collator": "varlen_sft.integrations.collator",
     "IGNORE_INDEX": "varlen_sft.types",
     "LlamaForSFT": "varlen_sft.models.llama",
     "LossOptions": "varlen_sft.types",
@@ -28,9 +29,11 @@ _HOME = {
     "cu_seqlens_from_position_ids": "varlen_sft.ops.sequences",
     "linear_cross_entropy": "varlen_sft.ops.cross_entropy",
     "masked_cross_entropy": "varlen_sft.ops.cross_entropy",
+    "patch": "varlen_sft.integrations.hf",
     "rope_table": "varlen_sft.ops.rope",
     "sequences_from_lengths": "varlen_sft.ops.sequences",
     "sequences_from_position_ids": "varlen_sft.ops.sequences",
+    "unpatch": "varlen_sft.integrations.hf",
     "varlen_attention": "varlen_sft.ops.attention",
 }
 __all__ = [*_HOME, "__version__"]
@@ -38,6 +41,8 @@ __all__ = [*_HOME, "__version__"]
 if TYPE_CHECKING:
     from varlen_sft.data.batch import PackedBatch, collate
     from varlen_sft.data.sample import Sample
+    from varlen_sft.integrations.collator import Collator
+    from varlen_sft.integrations.hf import patch, unpatch
     from varlen_sft.models.llama import LlamaForSFT
     from varlen_sft.modules import RotaryEmbedding, VarlenAttention
     from varlen_sft.ops.attention import varlen_attention

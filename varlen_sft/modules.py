@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from varlen_sft.ops.attention import varlen_attention
+from varlen_sft.ops.last_layer import LastRows, QueryRuns, pick_rows
 from varlen_sft.ops.rope import apply_rope, rope_table
 from varlen_sft.rope_frequencies import (
     inverse_frequencies,
@@ -164,23 +165,61 @@ class VarlenAttention(nn.Module):
             fused=fused,
         )
 
-    def forward(self, hidden: Tensor, rotation: Rotation, sequences: Sequences) -> Tensor:
-        """(T, C) to (T, C)."""
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: Rotation,
+        sequences: Sequences,
+        last: LastRows | None = None,
+    ) -> Tensor:
+        """(T, C) to (T, C), or with ``last`` to (S, C), the rows that it names."""
+        if last is not None and last.runs is not None:
+            return self.o_proj(self._attend_runs(hidden, rotation, last.runs))
         q, k, v = self._project(hidden)
         q, k = apply_rope(q, k, *rotation, numerics=self.numerics)
-        out = varlen_attention(
-            q, k, v, sequences, softmax_scale=self.softmax_scale, window_size=self.window_size,
-            softcap=self.softcap,
+        out = self._attend(q, k, v, sequences, None).flatten(1)
+        return self.o_proj(out if last is None else pick_rows(out, last.rows))
+
+    def _attend_runs(self, hidden: Tensor, rotation: Rotation, runs: QueryRuns) -> Tensor:
+        """(S, H D), with no more queries than the supervised rows need."""
+        q, k, v = self._project_apart(pick_rows(hidden, runs.rows), hidden)
+        own = rotation._replace(position_ids=rotation.position_ids[runs.rows])
+        q, _ = apply_rope(q, q[:, :0], *own, numerics=self.numerics)
+        _, k = apply_rope(k[:, :0], k, *rotation, numerics=self.numerics)
+        if runs.k_rows is not None:
+            k, v = (pick_rows(x, runs.k_rows, repeated=True) for x in (k, v))
+        out = self._attend(q, k, v, runs.sequences, runs.k_sequences).flatten(1)
+        return out if runs.kept is None else pick_rows(out, runs.kept)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, k_sequences: Sequences | None
+    ) -> Tensor:
+        return varlen_attention(
+            q, k, v, sequences, k_sequences=k_sequences, softmax_scale=self.softmax_scale,
+            window_size=self.window_size, softcap=self.softcap,
         )  # fmt: skip
-        return self.o_proj(out.flatten(1))
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (T, H, D), k and v (T, K, D); views of one buffer when fused."""
-        if self.fused:
-            qkv = self.qkv_proj(hidden).unflatten(1, (-1, self.head_dim))
-            return qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        return tuple(p(hidden).unflatten(1, (-1, self.head_dim)) for p in projections)
+        if not self.fused:
+            return self._project_apart(hidden, hidden)
+        qkv = self.qkv_proj(hidden).unflatten(1, (-1, self.head_dim))
+        return qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+
+    def _project_apart(self, q_hidden: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q of other rows than k and v."""
+        if not self.fused:
+            pairs = (self.q_proj, q_hidden), (self.k_proj, hidden), (self.v_proj, hidden)
+            return tuple(proj(x).unflatten(1, (-1, self.head_dim)) for proj, x in pairs)
+        sizes = self.num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim
+        weights = self.qkv_proj.weight.split(sizes)
+        bias = self.qkv_proj.bias
+        biases = (None, None) if bias is None else bias.split(sizes)
+        q, kv = (
+            nn.functional.linear(x, *own).unflatten(1, (-1, self.head_dim))
+            for x, own in zip((q_hidden, hidden), zip(weights, biases, strict=True), strict=True)
+        )
+        return q, *kv.split(self.num_kv_heads, dim=1)
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

@@ -143,7 +143,9 @@ def _dynamic(p: Mapping[str, Any], dim: int, length: Length, device: Any) -> Fre
     # HF takes the length from a tensor and so stretches in fp32: a Python int would differ in bits.
     length = torch.as_tensor(limit if length is None else length, device=device).clamp(min=limit)
     stretch = (factor * length / limit) - (factor - 1)
-    base = p["rope_theta"] * stretch ** (dim / (dim - 2))
+    # The power in fp64, rounded, is HF's bits; fp32 vectors of it differ in a bit from scalars, and
+    # so from row to row.
+    base = p["rope_theta"] * (stretch.double() ** (dim / (dim - 2))).float()
     return 1.0 / _powers(base, dim, device), 1.0
 
 

@@ -17,6 +17,7 @@ from varlen_sft.models.config import LlamaConfig
 from varlen_sft.modules import RotaryEmbedding, Rotation, VarlenAttention
 from varlen_sft.ops.cross_entropy import LossOptions, LossOutput, linear_cross_entropy
 from varlen_sft.ops.elementwise import add_rms_norm, rms_norm, silu_mul
+from varlen_sft.ops.last_layer import LastRows, last_rows, pick_rows, rows_cross_entropy
 from varlen_sft.types import Numerics, Sequences
 
 __all__ = ["LlamaForSFT"]
@@ -28,11 +29,21 @@ class LlamaForSFT(nn.Module):
     Args:
         config: sizes, from ``LlamaConfig.from_folder`` or ``from_hf``.
         numerics: rounding of RoPE, see ``apply_rope``.
+        prune_last_layer: compute of the last layer only what the loss reads: keys and values
+            everywhere, all else for supervised rows. It changes no number, but for the rounding
+            of matrix products that have other shapes.
     """
 
-    def __init__(self, config: LlamaConfig, *, numerics: Numerics = "fp32") -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        numerics: Numerics = "fp32",
+        prune_last_layer: bool = True,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.prune_last_layer = prune_last_layer
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary = RotaryEmbedding(config.rope_parameters, config.head_dim)
         self.layers = nn.ModuleList(Block(config, numerics) for _ in range(config.num_layers))
@@ -79,10 +90,14 @@ class LlamaForSFT(nn.Module):
         Returns:
             LossOutput. Divide ``loss_sum`` by the weights of all packs that make one step.
         """
-        hidden = self.hidden_states(batch.input_ids, batch.position_ids, batch.sequences)
-        return linear_cross_entropy(
+        total, last = batch.input_ids.shape[0], None
+        if self.prune_last_layer:
+            last = last_rows(batch.rows, total, batch.sequences)
+        hidden = self.hidden_states(batch.input_ids, batch.position_ids, batch.sequences, last)
+        score = linear_cross_entropy if last is None else rows_cross_entropy
+        return score(
             hidden, self.lm_head.weight, batch.labels, token_weights=batch.token_weights,
-            rows=batch.rows, options=options,
+            rows=batch.rows if last is None else last.rows, options=options,
         )  # fmt: skip
 
     def hidden_states(
@@ -90,13 +105,15 @@ class LlamaForSFT(nn.Module):
         input_ids: Tensor,  # (T,) int64
         position_ids: Tensor,  # (T,) int64
         sequences: Sequences,
+        last: LastRows | None = None,
     ) -> Tensor:
-        """(T, C) after the last norm: what the head reads."""
+        """(T, C) after the last norm: what the head reads; with ``last`` (S, C), its rows alone."""
         rotation = self.rotary(position_ids, sequences)
         residual = Residual(self.embed_tokens(input_ids))
-        for layer in self.layers:
+        *first, final = self.layers
+        for layer in first:
             residual = layer(residual, rotation, sequences)
-        return self.norm(residual)[0]
+        return self.norm(final(residual, rotation, sequences, last))[0]
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, sequences: Sequences) -> Tensor:
         """(T, V): every row through the head. For inspection; training never makes it."""
@@ -126,9 +143,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
-    def forward(self, residual: Residual, rotation: Rotation, sequences: Sequences) -> Residual:
+    def forward(
+        self,
+        residual: Residual,
+        rotation: Rotation,
+        sequences: Sequences,
+        last: LastRows | None = None,
+    ) -> Residual:
         normed, stream = self.input_layernorm(residual)
-        update = self.self_attn(normed, rotation, sequences)
+        update = self.self_attn(normed, rotation, sequences, last)
+        if last is not None:
+            stream = pick_rows(stream, last.rows)
         normed, stream = self.post_attention_layernorm(Residual(stream, update))
         return Residual(stream, self.mlp(normed))
 

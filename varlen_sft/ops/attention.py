@@ -71,10 +71,10 @@ def varlen_attention(
         return attention_cpu.attend(
             q, k, v, sequences, k_sequences or sequences, scale, window_size, softcap
         )
-    if impl == "sdpa" and window_size is None and not softcap and k_sequences is None:
-        return attention_sdpa.attend(q, k, v, sequences, scale)
-    # torch's kernels align causality top-left and know no softcap: these go sequence by sequence
-    # through the eager formula, whose largest tensor is (H, L, L) of one sequence.
+    if impl == "sdpa" and window_size is None and not softcap:
+        return attention_sdpa.attend(q, k, v, sequences, k_sequences, scale)
+    # torch's kernels know neither: these go sequence by sequence through the eager formula, whose
+    # largest tensor is (H, L, L) of one sequence.
     return reference.varlen_attention(
         q, k, v, sequences, k_sequences=k_sequences, softmax_scale=scale,
         window_size=window_size, softcap=softcap,

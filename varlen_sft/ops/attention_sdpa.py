@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from varlen_sft.reference import attention_mask
 from varlen_sft.types import Sequences, accumulation_dtype
 
 _UPCAST_BACKWARD_BELOW = 256
@@ -13,23 +14,41 @@ _UPCAST_BACKWARD_BELOW = 256
 every length."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> Tensor:
-    """Causal attention (T, H, D) of q, k, v that share their sequences. Waits for the device."""
-    if q.device.type == "cpu":
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    k_sequences: Sequences | None,
+    scale: float,
+) -> Tensor:
+    """Causal attention (T, H, D), aligned bottom-right. Waits for the device."""
+    if q.device.type == "cpu" and k_sequences is None:
         return torch.ops.varlen_sft.sdpa_cpu(q, k, v, sequences.cu_seqlens, scale)[0]
-    return _sdpa_per_sequence(q, k, v, sequences, scale)
+    return _sdpa_per_sequence(q, k, v, sequences, k_sequences or sequences, scale)
 
 
-def _sdpa_per_sequence(q, k, v, sequences: Sequences, scale: float) -> Tensor:
-    lengths = sequences.lengths()
-    out = []
-    for piece in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        qi, ki, vi = (x.transpose(0, 1)[None] for x in piece)
-        o = torch.nn.functional.scaled_dot_product_attention(
-            qi, ki, vi, is_causal=True, scale=scale, enable_gqa=True
-        )
-        out.append(o[0].transpose(0, 1))
+def _sdpa_per_sequence(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, k_sequences: Sequences, scale: float
+) -> Tensor:
+    lengths, k_lengths = sequences.lengths(), k_sequences.lengths()
+    pieces = zip(q.split(lengths), k.split(k_lengths), v.split(k_lengths), strict=True)
+    out = [_sdpa(*piece, scale) for piece in pieces]
     return torch.cat(out) if out else torch.zeros_like(q)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One sequence. torch aligns causality top-left: unequal lengths take a mask (L, L_k)."""
+    blind = max(0, len(q) - len(k))  # queries that see no key
+    seeing = q[blind:]
+    mask = None
+    if len(seeing) != len(k):
+        mask = attention_mask(len(seeing), len(k), None, q.device)
+    qi, ki, vi = (x.transpose(0, 1)[None] for x in (seeing, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        qi, ki, vi, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )[0].transpose(0, 1)
+    return torch.cat([out.new_zeros(blind, *q.shape[1:]), out]) if blind else out
 
 
 # ------------------------------------------------------- CPU, sequence by sequence

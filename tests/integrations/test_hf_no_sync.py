@@ -1,0 +1,50 @@
+"""No step of a patched Hugging Face model waits for the device: seen on a fake one, without a GPU.
+
+Told of its pack by the flash keywords or by ``packed=``; position ids alone cost the one wait that
+``Packed.from_call`` speaks of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import tests.test_no_sync as shared
+
+pytestmark = shared.pytestmark
+device, packages = shared.device, shared.packages
+
+NAMES = ("llama3", "qwen2_window", "smollm3", "gemma2", "gemma3", "olmo2")
+CASES = [f"{name} {call}" for name in NAMES for call in ("flash", "packed")]
+WAITING = "llama3 positions"
+
+
+@pytest.fixture(scope="module")
+def results(device, packages) -> dict[str, dict]:
+    path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
+    environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.no_sync.hf_steps", ",".join([*CASES, WAITING]), *device],
+        cwd=shared.ROOT, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {line.pop("case"): line for line in lines}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_waits(case, results):
+    assert results[case]["sync"] is None
+    layers = 3 if case.startswith(("smollm3", "gemma3")) else 2
+    turns = 2 if case.startswith("smollm3") else layers  # one layer has no positions
+    head = ["linear_cross_entropy"] if case.endswith("packed") else []
+    assert results[case]["bodies"] == ["rope"] * turns + head + ["rope"] * turns
+    assert results[case]["picked"]["attention"] == ["flash_attn_2"]
+
+
+def test_position_ids_alone_wait_once(results):
+    assert "gives what only the data can tell" in results[WAITING]["sync"]
