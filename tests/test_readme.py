@@ -15,6 +15,12 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
+def block(word: str) -> str:
+    """The only block that has a word."""
+    (found,) = (text for text in BLOCKS if word in text)
+    return found
+
+
 @pytest.fixture
 def folder(tmp_path, smollm2_tokenizer_dir):
     config = tiny_hf_config(vocab_size=49152, max_position_embeddings=512)
@@ -29,7 +35,7 @@ def test_the_lines_you_write_train_the_answers(folder):
         for text in ("hello", "good morning to you")
     ]
     names = {"folder": folder, "conversations": conversations}
-    exec(BLOCKS[1], names)
+    exec(block("encode_many"), names)
     batch, model = names["batch"], names["model"]
     supervised = batch.labels[batch.labels != -100]
     from varlen_sft.data.chat import ChatTokenizer
@@ -48,7 +54,7 @@ def test_the_lines_you_have_run_too(folder):
         for text in ("hello", "good morning to you")
     ]
     names = {"folder": folder, "tokenizer": tokenizer, "conversations": conversations}
-    exec(BLOCKS[0], names | {"AutoModelForCausalLM": AutoModelForCausalLM})
+    exec(block("apply_chat_template"), names | {"AutoModelForCausalLM": AutoModelForCausalLM})
 
 
 class Enough(Exception):
@@ -75,7 +81,7 @@ def test_the_lines_that_stream_go_on_where_they_stopped(tmp_path, monkeypatch):
 
         names = {"rank": 0, "ranks": 4, "state": tmp_path / "stream.json", "train": train}
         with pytest.raises(Enough):
-            exec(BLOCKS[2], names)
+            exec(block("PackStream"), names)
         return seen
 
     first = run(3)
@@ -86,9 +92,37 @@ def test_the_lines_that_stream_go_on_where_they_stopped(tmp_path, monkeypatch):
 
 
 def test_the_names_that_are_listed_exist():
-    exec(BLOCKS[3], {})
+    exec(block("cu_seqlens_from_position_ids"), {})
     import varlen_sft
 
     listed = re.findall(r"^\| (`.*?) \|", README, flags=re.M)
     names = {name for cell in listed for name in re.findall(r"`(\w+)`", cell)}
     assert len(names) == 9 and names <= set(varlen_sft.__all__)
+
+
+def test_the_lines_that_drop_in_train_and_leave_no_trace(folder, tmp_path):
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from varlen_sft.data.chat import ChatTokenizer
+    from varlen_sft.integrations.hf import is_patched
+
+    said = [("hi", "hello"), ("what?", "good morning to you"), ("who?", "nobody")]
+    rows = [Conversation((Message("user", a), Message("assistant", b))) for a, b in said]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.arange(12)[None]
+    names = {
+        "model": model,
+        "arguments": TrainingArguments(tmp_path / "out", max_steps=1, report_to=[], use_cpu=True),
+        "samples": ChatTokenizer.from_folder(folder).encode_many(rows),
+        "Trainer": Trainer,
+    }
+    exec(block("varlen_sft.Collator()"), names)
+    (step,) = (entry for entry in names["trainer"].state.log_history if "train_loss" in entry)
+    assert 5 < step["train_loss"] < 20  # of 49,152 tokens, untrained: about ln V = 10.8
+    assert not is_patched(model) and model.config._attn_implementation == "sdpa"
+    changed = [n for n, value in model.state_dict().items() if not torch.equal(value, before[n])]
+    assert changed and model.state_dict().keys() == before.keys()
+    model.load_state_dict(before)
+    fresh = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model.eval()(ids).logits, fresh.eval()(ids).logits)
