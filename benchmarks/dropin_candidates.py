@@ -50,7 +50,8 @@ class Steps:
 def _arguments(cls: Any, **changes: Any) -> Any:
     return cls(
         output_dir=tempfile.gettempdir(), use_cpu=True, report_to=[], remove_unused_columns=False,
-        save_strategy="no", disable_tqdm=True, bf16=False, activation_checkpointing=False, **changes,
+        save_strategy="no", disable_tqdm=True, bf16=False, activation_checkpointing=False,
+        **changes,
     )  # fmt: skip
 
 
