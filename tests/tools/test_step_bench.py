@@ -131,8 +131,9 @@ def test_floor_runs_the_products_of_a_step(load: Load):
     floor = step_candidates.Floor(load)
     rows, scored = 2048 - 6, sum(int(s.token_weights.sum()) for s in load.samples())
     q, kv, hidden, inner = 4 * 8, 2 * 8, 32, 48
-    layer = hidden * (q + 2 * kv) + q * hidden + 2 * inner * hidden + inner * hidden
-    by_hand = 3 * 2 * (2 * rows * layer + scored * hidden * 131)
+    for_all, for_scored = 2 * kv * hidden, 2 * q * hidden + 3 * inner * hidden
+    first, last = rows * (for_all + for_scored), rows * for_all + scored * for_scored
+    by_hand = 3 * 2 * (first + last + scored * hidden * 131)
     with FlopCounterMode(display=False) as counted:
         floor.step()
     assert floor.flops == by_hand == counted.get_total_flops()

@@ -196,9 +196,9 @@ class Ours:
 class Floor:
     """Only the matrix products of our step: no attention, no loss, nothing between them.
 
-    Forward, input gradient and weight gradient of every linear layer on T rows, and of the head on
-    the S supervised rows, on random matrices of the model's shapes and dtype. Results go to memory
-    that is there already, so that nothing is allocated either.
+    Forward, input gradient and weight gradient of every linear layer (``step_products``) on random
+    matrices of the model's shapes and dtype. Results go to memory that is there already, so that
+    nothing is allocated either.
     """
 
     def __init__(self, load: Load) -> None:
@@ -233,16 +233,20 @@ CANDIDATES: dict[str, type[Candidate]] = {
 
 
 def step_products(config: LlamaConfig, rows: int, scored: int) -> list[tuple[int, int, int]]:
-    """(rows, inputs, outputs) of every linear layer of a step, with T ``rows`` and S ``scored``."""
+    """(rows, inputs, outputs) of every linear layer of a step, with T ``rows`` and S ``scored``.
+
+    Of the last layer only keys and values are needed everywhere.
+    """
     hidden, inner = config.hidden_size, config.intermediate_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = [
-        (rows, hidden, q_size + 2 * kv_size),
-        (rows, q_size, hidden),
-        (rows, hidden, 2 * inner),
-        (rows, inner, hidden),
-    ]
-    return [*layer * config.num_layers, (scored, hidden, config.vocab_size)]
+
+    def rest(rows: int) -> list[tuple[int, int, int]]:
+        return [(rows, q_size, hidden), (rows, hidden, 2 * inner), (rows, inner, hidden)]
+
+    layer = [(rows, hidden, q_size + 2 * kv_size), *rest(rows)]
+    last = [(rows, hidden, 2 * kv_size), (scored, hidden, q_size), *rest(scored)]
+    head = (scored, hidden, config.vocab_size)
+    return [*layer * (config.num_layers - 1), *last, head]
 
 
 def load_hf(load: Load, attention: str) -> Any:
