@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[1]
 STEPS = [f"step {rope}" for rope in ("default", "yarn", "llama3", "dynamic", "longrope")]
 OPS = ["rope", "rope interleaved hf", "linear rows", "linear no rows", "masked"]
-OPS += ["masked sequences", "sequences capacity"]
+OPS += ["masked sequences", "sequences capacity", "loop"]
 WAITING = ["step spoilt forward", "step spoilt backward", "sequences of true size"]
 
 FLASH_ATTN = '''

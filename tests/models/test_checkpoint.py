@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.helpers import tiny_hf_config, tiny_model
 from varlen_sft.errors import InputError
-from varlen_sft.models.checkpoint import INDEX, WEIGHTS, save_checkpoint
+from varlen_sft.models.checkpoint import INDEX, WEIGHTS
+from varlen_sft.models.export import save_checkpoint
 from varlen_sft.models.llama import LlamaForSFT
 
 

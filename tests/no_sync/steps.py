@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import fields, replace
 from functools import partial
+from unittest import mock
 
 if len(sys.argv) > 2:
     ctypes.CDLL(sys.argv[2])
@@ -20,6 +21,7 @@ from torch import Tensor
 from tests.helpers import random_samples, tiny_hf_config
 from tests.no_sync.mode import HostSync, NoSync, fake_cuda
 from varlen_sft.data.batch import PackedBatch, collate
+from varlen_sft.data.stream_step import Counts, Step
 from varlen_sft.models.config import LlamaConfig
 from varlen_sft.models.llama import LlamaForSFT
 from varlen_sft.ops.backends import backends
@@ -30,7 +32,11 @@ from varlen_sft.ops.cross_entropy import (
 )
 from varlen_sft.ops.rope import apply_rope, apply_rope_, rope_table
 from varlen_sft.ops.sequences import sequences_from_position_ids
-from varlen_sft.train.loop import mean_loss
+from varlen_sft.train.distributed import World
+from varlen_sft.train.loop import Loop, mean_loss
+from varlen_sft.train.optimizer import MasterAdamW
+from varlen_sft.train.options import TrainOptions
+from varlen_sft.train.parallel import Parallel
 
 LENGTHS = [40, 2, 7, 20]  # with the tiny config's 32 positions, one sequence is a long one
 TOKENS = 320  # rows found on the device then take three chunks
@@ -68,6 +74,31 @@ def step(sync: NoSync, rope: str = "default", spoil: str = "") -> None:
         loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert not without, without
+
+
+def loop(sync: NoSync) -> None:
+    """Two whole steps of the training loop, of two micro-batches each: reduction, clipping, AdamW
+    on fp32 copies, and the numbers on their way to the host, of which none is read."""
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForSFT(LlamaConfig.from_hf(tiny_hf_config(tie_word_embeddings=True)))
+    torch.set_default_dtype(torch.float32)
+    batch = fake_batch()
+    model.rotary._tables(batch.max_seqlen, batch.input_ids.device)
+    here = World(device=batch.input_ids.device)
+    options = TrainOptions(max_steps=9, max_grad_norm=1.0)
+    run = Loop(Parallel(model, here), MasterAdamW(model), options, capacity=TOKENS)
+    step = Step(0, 0, (), (batch, batch), (), (Counts(), Counts()), False)
+    pinned = mock.patch.object(Tensor, "pin_memory", lambda self: self)  # there is no driver
+    to_host = mock.patch("varlen_sft.train.loop._to_host", _to_host)
+    with pinned, to_host, sync:
+        for _ in range(2):
+            numbers = run._launch(step, False, 0.0).numbers
+    assert numbers.shape == (9,) and numbers.dtype == torch.float64
+
+
+def _to_host(numbers: Tensor) -> tuple[Tensor, None]:
+    return numbers.to("cpu", non_blocking=True), None
 
 
 def rope(sync: NoSync, interleaved: bool, numerics: str) -> None:
@@ -116,6 +147,7 @@ CASES = {
     **{f"step {rope}": partial(step, rope=rope) for rope in ("default", "yarn", "llama3")},
     **{f"step {rope}": partial(step, rope=rope) for rope in ("dynamic", "longrope")},
     **{f"step spoilt {where}": partial(step, spoil=where) for where in ("forward", "backward")},
+    "loop": loop,
     "rope": partial(rope, interleaved=False, numerics="fp32"),
     "rope interleaved hf": partial(rope, interleaved=True, numerics="hf"),
     "linear rows": partial(linear, given_rows=True),

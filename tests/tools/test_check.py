@@ -11,22 +11,29 @@ import pytest
 import torch
 
 from tests.helpers import tiny_hf_config, tiny_model
+from tests.tools.small_tokenizer import VOCAB, write_tokenizer
 from varlen_sft import cli, reference
 from varlen_sft.data.batch import PackedBatch, collate
 from varlen_sft.models.llama import LlamaForSFT
 from varlen_sft.ops.sequences import sequences_from_lengths
 from varlen_sft.tools.check import CheckOptions, check, prepare
 from varlen_sft.tools.check_finding import Finding, Subject
+from varlen_sft.tools.check_impls import implementations
 from varlen_sft.tools.demo_model import smollm2_folder
+
+IMPLS = list(implementations(torch.device("cpu")))
+FINDINGS = 15 + 2 + len(IMPLS) + 1
+"""Properties, Hugging Face padded and packed, ours by each implementation, the patched model."""
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory, smollm2_tokenizer_dir) -> CheckOptions:
-    """A tiny Llama with SmolLM2's tokenizer and template; few and short conversations."""
+def options(tmp_path_factory) -> CheckOptions:
+    """A tiny Llama with a tokenizer and template; few and short conversations."""
     folder = tmp_path_factory.mktemp("model")
-    config = tiny_hf_config(vocab_size=49152, max_position_embeddings=2048, pad_token_id=2)
+    config = tiny_hf_config(vocab_size=VOCAB, max_position_embeddings=2048, pad_token_id=2)
     config |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-    tiny_model(config, torch.float32).save_pretrained(folder, copy_from=smollm2_tokenizer_dir)
+    tiny_model(config, torch.float32).save_pretrained(folder)
+    write_tokenizer(folder)
     return CheckOptions(model=folder, conversations=20, prompts=2, generated=4)
 
 
@@ -61,11 +68,27 @@ def test_a_sound_model_passes(dtype, options, material):
     )
     result = check(Subject(weights), wanted, material)
     assert [f for f in result["findings"] if f["verdict"] == "fail"] == []
-    assert len(result["findings"]) == 14
+    assert len(result["findings"]) == FINDINGS
+    assert_routes(result["routes"])
     assert [row["name"] for row in result["layers"]] == ["embedding", "layer 0", "layer 1", "norm"]
     assert all(0 <= row["ours"] <= row["bound"] for row in result["layers"])
     rows = [len(sample) - 1 for sample in material.samples]
     assert [len(row["errors"]) for row in result["positions"]] == rows
+
+
+def assert_routes(routes):
+    alone, padded, packed, *ours, patched = routes
+    assert [r["name"] for r in ours] == [f"LlamaForSFT: {label}" for label in IMPLS]
+    assert alone["name"] == "Hugging Face, alone" and padded["name"] == "Hugging Face, padded"
+    assert packed["name"].startswith("Hugging Face, packed") and patched["name"] == "patched"
+    for route in routes[1:]:
+        assert list(route["figures"]) == [
+            "log-probability", "loss", "gradient of embedding", "gradient of attention",
+            "gradient of MLP", "gradient of norms", "leakage", "generated",
+        ]  # fmt: skip
+        assert route["figures"]["leakage"] == {"error": 0.0, "bound": 0.0}
+        for group, norm in route["norms"].items():
+            assert norm == pytest.approx(alone["norms"][group], rel=0.02)
 
 
 def not_reset(samples, **pad):
@@ -130,8 +153,8 @@ def test_a_fault_in_the_pack_is_named(fault, row, name, subject, options, materi
 def test_attention_across_samples_is_named(subject, options, material):
     honest = subject.model.hidden_states
 
-    def leaking(input_ids, position_ids, sequences):
-        return honest(input_ids, position_ids, sequences_from_lengths([len(input_ids)]))
+    def leaking(input_ids, position_ids, sequences, last=None):
+        return honest(input_ids, position_ids, sequences_from_lengths([len(input_ids)]), last)
 
     subject.model.hidden_states = leaking
     failed = failures(subject, options, material)
@@ -197,7 +220,8 @@ def test_the_command_prints_a_screen_and_exits_with_1_on_failure(
     screen = capsys.readouterr().out
     assert "packed equals alone" in screen and "FAIL" not in screen
     result = json.loads((tmp_path / "c.json").read_text())
-    assert result["conversations"] == 20 and len(result["findings"]) == 14
+    assert result["conversations"] == 20 and len(result["findings"]) == FINDINGS
+    assert "LlamaForSFT: " in screen and "Hugging Face, padded" in screen
     monkeypatch.setattr("varlen_sft.tools.check_finding.collate", zero_tail)
     monkeypatch.setattr(Subject, "__init__", lambda self, model: self.__dict__.update(
         model=model, collate=zero_tail, mean_loss=Subject.mean_loss))  # fmt: skip

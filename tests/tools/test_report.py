@@ -147,6 +147,12 @@ def result() -> dict:
             {"property": "straddles", "worst": None, "bound": None, "verdict": "note",
              "detail": "none"},
         ],
+        "routes": [
+            {"name": "alone", "figures": {"loss": {"error": 1e-7, "bound": None}},
+             "norms": {"MLP": 2.0}},
+            {"name": HOSTILE, "figures": {"loss": {"error": 3e-7, "bound": 2e-7},
+             "leakage": {"error": 0.0, "bound": 0.0}}, "norms": {"MLP": 2.5}},
+        ],
         "layers": [
             {"name": f"layers.{k}", "ours": 1e-8 * 2**k * (k > 0), "hf": 3e-8 * 2**k,
              "bound": 6.1e-8 * 2**k}
@@ -328,6 +334,21 @@ def test_verdict_without_failures(result, tmp_path, verdicts, value, text):
     write_check_page(tmp_path / "a.html", result | {"findings": findings})
     [(found, words)] = Page((tmp_path / "a.html").read_text()).where("p", field="verdict")
     assert found["data-value"] == value and text in words
+
+
+def test_errors_of_every_way_to_compute(check):
+    page = Page(check.read_text(encoding="utf-8"))
+    cells = [
+        (a["data-route"], a["data-figure"], float(a["data-value"]), a.get("class"), a.get("title"))
+        for a, _ in page.where("td")
+        if "data-route" in a
+    ]
+    assert cells == [
+        ("alone", "loss", 1e-7, None, None),
+        (HOSTILE, "loss", 3e-7, "bad", "bound 2.00e-07"),
+        (HOSTILE, "leakage", 0.0, None, "bound 0.00e+00"),
+    ]
+    assert "2.5" in [text for _, text in page.where("td")]
 
 
 def test_errors_of_every_layer(check, result):

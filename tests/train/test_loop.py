@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -10,17 +11,17 @@ import torch
 from rich.console import Console
 
 from tests.helpers import random_samples, tiny_hf_config, tiny_model
+from tests.train.runs import build, stream
 from varlen_sft.data.batch import collate
-from varlen_sft.train.loop import (
-    NotFinite,
-    StepRecord,
-    TrainOptions,
-    endless_packs,
-    evaluate,
-    train,
-)
+from varlen_sft.train.distributed import World
+from varlen_sft.train.in_memory import endless_packs, evaluate, train
+from varlen_sft.train.loop import Loop, NotFinite
 from varlen_sft.train.metrics import JsonLinesLog, LiveLine, describe
-from varlen_sft.train.optimizer import MasterAdamW, cosine_with_warmup
+from varlen_sft.train.optimizer import MasterAdamW
+from varlen_sft.train.options import TrainOptions
+from varlen_sft.train.parallel import Parallel
+from varlen_sft.train.schedule import cosine_with_warmup
+from varlen_sft.train.state import StepRecord, TrainState
 
 RECORD = StepRecord(
     step=12, loss=1.23456, grad_norm=0.5, lr=1e-4, real_tokens=2000, supervised_tokens=800,
@@ -157,3 +158,115 @@ def test_the_log_keeps_every_step(tmp_path):
     assert lines[0] == {"event": "start", "seed": 3}
     assert lines[1]["event"] == "step" and lines[1]["loss"] == RECORD.loss
     assert np.isclose(lines[1]["step_time_s"], 2.0)
+
+
+# ------------------------------------------------------------------- the loop itself
+
+
+def loop_of(steps: int = 6, max_norm: float = 1.0, score=None) -> Loop:
+    options = TrainOptions(max_steps=steps, lr=1e-2, max_grad_norm=max_norm)
+    return build(World(), "ddp", torch.float32, options, score)
+
+
+def test_records_come_one_step_late_and_all_of_them_before_an_action():
+    seen: list[str] = []
+    loop = loop_of()
+    data = stream(World(), 4)
+
+    def steps():
+        for number, step in enumerate(data, 1):
+            seen.append(f"asked {number}")
+            yield step
+
+    def act(state):
+        assert data.state_dict()["epoch"] * 4 + data.state_dict()["step"] == state.step
+        seen.append(f"act {state.step}")
+
+    ended = loop.run(steps(), on_step=lambda r: seen.append(f"read {r.step}"), every=[(3, act)])
+    assert ended == "finished" and loop.state.step == 6
+    assert seen == [
+        "asked 1", "asked 2", "read 1", "asked 3", "read 2", "read 3", "act 3",
+        "asked 4", "asked 5", "read 4", "asked 6", "read 5", "read 6", "act 6",
+    ]  # fmt: skip
+
+
+def test_a_run_in_two_sittings_is_the_run_in_one():
+    one, two = loop_of(), loop_of()
+    records: list[StepRecord] = []
+    one.run(stream(World(), 4), on_step=records.append)
+    data = stream(World(), 4)
+    again: list[StepRecord] = []
+    assert two.run(itertools.islice(data, 4), on_step=again.append) == "no more steps"
+    assert two.run(data, on_step=again.append) == "finished"
+    assert [(r.step, r.loss, r.lr) for r in again] == [(r.step, r.loss, r.lr) for r in records]
+    assert (two.state.step, two.state.epoch) == (6, 1)
+    assert two.state.real_tokens == sum(r.real_tokens for r in records)
+    pairs = zip(one._optimizer.parameters, two._optimizer.parameters, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_loop_goes_on_from_the_step_of_its_state():
+    options = TrainOptions(max_steps=6, lr=1e-2)
+    model = tiny_model(tiny_hf_config(), torch.float32)
+    loop = Loop(
+        Parallel(model, World()), MasterAdamW(model), options, capacity=128,
+        state=TrainState(step=4, real_tokens=1000, seconds=50.0),
+    )  # fmt: skip
+    records: list[StepRecord] = []
+    loop.run(stream(World(), 4), on_step=records.append)
+    assert [r.step for r in records] == [5, 6]
+    assert [r.lr for r in records] == [options.rate(4 / 6), options.rate(5 / 6)]
+    assert loop.state.real_tokens == 1000 + sum(r.real_tokens for r in records)
+    assert 50 < loop.state.seconds < 60
+
+
+def test_no_weight_moves_after_a_gradient_that_is_not_finite():
+    """The step after it is under way when it is read, and must not move weights either."""
+    calls = itertools.count(1)
+
+    def score(module, batch):
+        output = module(batch)
+        spoiled = next(calls) == 6  # in the second step
+        return output._replace(loss_sum=SpoiledBackward.apply(output.loss_sum, spoiled))
+
+    loop = loop_of(score=score)
+    seen: list[StepRecord] = []
+    weights = []
+
+    def steps():
+        for step in stream(World(), 4):
+            weights.append([p.detach().clone() for p in loop._optimizer.parameters])
+            yield step
+
+    with pytest.raises(NotFinite, match="step 2: the loss is .* and the gradient's norm nan"):
+        loop.run(steps(), on_step=seen.append)
+    assert [r.step for r in seen] == [1] and len(weights) == 3
+    for first, second, third, last in zip(*weights, loop._optimizer.parameters, strict=True):
+        assert torch.equal(second, third) and torch.equal(third, last)
+        assert not torch.equal(first, second)
+
+
+class SpoiledBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, spoiled):
+        ctx.factor = math.nan if spoiled else 1.0
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+def test_what_is_asked_for_is_done_after_the_next_step():
+    loop = loop_of()
+    asked = itertools.count(1)
+    assert loop.run(stream(World(), 4), stop=lambda: next(asked) == 2) == "asked"
+    assert loop.state.step == 3
+
+
+def test_the_time_of_an_action_is_no_steps():
+    loop = loop_of(4)
+    records: list[StepRecord] = []
+    loop.run(stream(World(), 4), on_step=records.append, every=[(2, lambda _: time.sleep(0.5))])
+    assert len(records) == 4 and max(r.step_time_s for r in records[1:]) < 0.5
+    assert all(0 <= r.stall_s <= r.step_time_s for r in records)

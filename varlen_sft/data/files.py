@@ -35,7 +35,7 @@ class HashedFile:
         self._digest = hashlib.sha256()
         self._bytes = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append; OSError."""
         self._file.write(data)
         self._digest.update(data)

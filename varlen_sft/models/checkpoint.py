@@ -1,10 +1,9 @@
-"""HF safetensors in and out: fused matrices are cut and joined, no bit of a weight changes."""
+"""HF safetensors into a model: fused matrices are joined, no bit of a weight changes."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,9 @@ from varlen_sft.errors import InputError
 if TYPE_CHECKING:
     from varlen_sft.models.llama import LlamaForSFT
 
-__all__ = ["load_weights", "save_checkpoint"]
+__all__ = ["COMPANIONS", "INDEX", "WEIGHTS", "hf_parts", "load_weights"]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5 * 10**9
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,9 +50,6 @@ def hf_parts(model: LlamaForSFT) -> dict[str, list[tuple[str, int]]]:
             for part, rows in fused.get(module, [(module, parameter.shape[0])])
         ]
     return parts
-
-
-# ---------------------------------------------------------------------- load
 
 
 def load_weights(
@@ -157,85 +152,3 @@ def _read_index(index: Path) -> Iterator[tuple[str, Path]]:
         if name != os.path.basename(name):
             raise InputError(f"shard {name!r} must be a file of this folder", file=index)
         yield key, index.parent / name
-
-
-# ---------------------------------------------------------------------- save
-
-
-def save_checkpoint(
-    model: LlamaForSFT,
-    folder: str | Path,
-    *,
-    copy_from: str | Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write weights, config and companions; a folder that HF's ``from_pretrained`` opens.
-
-    Weights are written under HF's names, so a checkpoint that was loaded without a cast comes back
-    bit for bit. Every file is written beside its place and then moved there.
-
-    Args:
-        model: on any device.
-        folder: made if it is not there.
-        copy_from: a checkpoint folder whose tokenizer and generation files are copied.
-        max_shard_bytes: weights beyond it go to several files with an index.
-    """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(_hf_tensors(model), max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _replace(folder / name, lambda path, s=shard: save_file(s, path, metadata={"format": "pt"}))
-        weight_map |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        size = sum(t.nbytes for shard in shards for t in shard.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        (folder / WEIGHTS).unlink(missing_ok=True)  # a reader would prefer it to the index
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", _with_dtype(model.config.hf, dtype))
-    for name in COMPANIONS:
-        if copy_from is not None and (source := Path(copy_from) / name).is_file():
-            _replace(folder / name, lambda path, s=source: shutil.copyfile(s, path))
-
-
-def _hf_tensors(model: LlamaForSFT) -> Iterator[tuple[str, Tensor]]:
-    for name, pieces in hf_parts(model).items():
-        parameter = model.get_parameter(name).detach().cpu()
-        rows = [count for _, count in pieces]
-        for (key, _), part in zip(pieces, parameter.split(rows), strict=True):
-            yield key, part.contiguous()
-
-
-def _shards(tensors: Iterator[tuple[str, Tensor]], limit: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for key, tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][key] = tensor
-        size += tensor.nbytes
-    return shards
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return {**config, key: dtype}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write beside and move into place: a full disk or a kill leaves the file that was there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

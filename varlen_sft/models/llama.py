@@ -79,8 +79,8 @@ class LlamaForSFT(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, *, copy_from: str | Path | None = None) -> None:
-        """Write a folder that HF's ``from_pretrained`` opens (``checkpoint.save_checkpoint``)."""
-        from varlen_sft.models.checkpoint import save_checkpoint
+        """Write a folder that HF's ``from_pretrained`` opens (``export.save_checkpoint``)."""
+        from varlen_sft.models.export import save_checkpoint
 
         save_checkpoint(self, folder, copy_from=copy_from)
 

@@ -39,7 +39,7 @@ def _sdpa_per_sequence(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """One sequence. torch aligns causality top-left: unequal lengths take a mask (L, L_k)."""
-    blind = max(0, len(q) - len(k))  # queries that see no key
+    blind = max(0, len(q) - len(k))  # see no key: torch's kernels differ in what they give those
     seeing = q[blind:]
     mask = None
     if len(seeing) != len(k):

@@ -18,15 +18,19 @@ from varlen_sft.data.formats import Conversation, read_conversations
 from varlen_sft.data.load import tokenize_file
 from varlen_sft.data.sample import Sample
 from varlen_sft.errors import InputError
-from varlen_sft.models.config import LlamaConfig
-from varlen_sft.models.llama import LlamaForSFT
+from varlen_sft.rope_frequencies import LENGTH_DEPENDENT_ROPE_TYPES
 from varlen_sft.tools import check_gradients as gradients
 from varlen_sft.tools import check_numbers as numbers
+from varlen_sft.tools.check_compare import Alone, Comparison, compare_routes, route_findings
 from varlen_sft.tools.check_finding import Finding, Subject
 from varlen_sft.tools.check_pack import check_pack, check_rope, check_weights
+from varlen_sft.tools.check_routes import HFAlone
+from varlen_sft.tools.check_setup import inspect_model
+from varlen_sft.tools.check_subject import hf_model, load_model, rotary_tables, vocab_size
 from varlen_sft.tools.environment import environment
 from varlen_sft.tools.register_machine import register_machine_conversations
 from varlen_sft.tools.step_bench import DTYPES
+from varlen_sft.train.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +77,7 @@ def run(options: CheckOptions, console: Console) -> bool:
     start = time.perf_counter()
     material = prepare(options)
     with demo_show.bar(console) as update:
-        subject = Subject(LlamaForSFT.from_pretrained(options.model, dtype=DTYPES[options.dtype]))
+        subject = Subject(load_model(options.model, DTYPES[options.dtype]))
         result = check(subject, options, material, update)
     result["seconds"] = time.perf_counter() - start
     check_show.screen(console, result)
@@ -92,14 +96,14 @@ def prepare(options: CheckOptions) -> Material:
     Raises:
         InputError: no usable config, tokenizer or data.
     """
-    config = LlamaConfig.from_folder(options.model)
+    size = vocab_size(options.model)
     tokenizer = ChatTokenizer.from_folder(options.model)
     if options.data is None:
         found = register_machine_conversations(options.conversations, options.seed, 1, 2)
         samples = tokenizer.encode_many(found)
     else:
         found = [c for _, c in read_conversations(options.data)][: options.conversations]
-        stream = tokenize_file(options.data, tokenizer, vocab_size=config.vocab_size)
+        stream = tokenize_file(options.data, tokenizer, vocab_size=size)
         samples = [sample for sample, _ in zip(stream, found, strict=False)]
     if len(samples) < 4:
         raise InputError(
@@ -126,20 +130,33 @@ def check(
     """All properties of one model.
 
     Returns:
-        findings (a list of Finding as dictionaries), layers, positions, and what was measured on.
+        findings (a list of Finding as dictionaries), layers, positions, routes (Hugging Face alone,
+        padded and packed, and ours by each implementation), and what was measured on.
     """
     dtype = DTYPES[options.dtype]
+    keep_freed_memory()
     bar(0.0, "loading transformers' model")
-    low = numbers.hf_model(options.model, dtype)
+    low = hf_model(options.model, dtype)
     high = copy.deepcopy(low).to(numbers.HIGHER[dtype])  # the same weights, not another reading
-    findings = [check_weights(subject, low), check_rope(subject, low)]
+    findings = [check_weights(subject, low), check_rope(subject, low), *_hf_rope(low)]
     findings += check_pack(subject, material.samples)
-    measured = numbers.Numbers(dtype)
+    measured, routes = numbers.Numbers(dtype), list[Comparison]()
     try:
-        findings += _numeric(subject, (low, high), options, material, measured, bar)
+        findings += _numeric(subject, (low, high), options, material, (measured, routes), bar)
     except ValueError as error:  # an op refused the pack: a finding like any other
         findings.append(Finding.decided("the ops accept the pack", [str(error)], ""))
-    return _result(options, material, measured, findings)
+    return _result(options, material, measured, routes, findings)
+
+
+def _hf_rope(low: Any) -> list[Finding]:
+    """Transformers' own tables, and whether its RoPE depends on a conversation's neighbours."""
+    found = inspect_model(low)
+    wrong = [mistake.what for mistake in found if mistake.certain]
+    notes = [f"{mistake.what}: {mistake.effect}" for mistake in found if not mistake.certain]
+    return [
+        Finding.decided("transformers' own RoPE tables are those of the config", wrong, "in fp32"),
+        *(Finding("transformers' RoPE by itself", None, None, "note", note) for note in notes),
+    ]
 
 
 def _numeric(
@@ -147,42 +164,61 @@ def _numeric(
     hf: tuple[Any, Any],
     options: CheckOptions,
     material: Material,
-    measured: numbers.Numbers,
+    found: tuple[numbers.Numbers, list[Comparison]],
     bar: Bar,
 ) -> list[Finding]:
-    """What needs forward and backward passes; fills ``measured`` on the way."""
+    """What needs forward and backward passes; fills ``found`` on the way."""
 
     def stage(begin: float, end: float, text: str) -> Callable[[float], None]:
         bar(begin, text)
         return lambda share: bar(begin + (end - begin) * share, text)
 
-    low, high = hf
+    (low, high), (measured, routes) = hf, found
     # A bf16 gradient's error is mostly chance: more conversations make twice HF's a fair bound.
     part = 5 if low.dtype == torch.float32 else 2
     few = material.samples[: max(4, len(material.samples) // part)]
-    progress = stage(0.05, 0.45, "every position against HF alone")
+    progress = stage(0.05, 0.4, "every position against HF alone")
     numbers.compare_forward(measured, subject, low, high, material.samples, progress)
     findings = numbers.forward_findings(measured)
-    findings += gradients.check_gradients(
-        subject, low, high, few, stage(0.45, 0.7, "loss and gradients against HF alone")
-    )
-    stage(0.7, 0.7, "order, neighbours, pad tail, micro-batches")
+    some = few[: max(4, len(few) * 2 // 5)]  # for each route; gradients of all in the first
+    text = "loss and gradients against HF alone"
+    alone = _alone(low, high, some, stage(0.4, 0.48, text))
+    rest = _alone(low, high, few[len(some) :], stage(0.48, 0.6, text))
+    total = Alone(alone.low + rest.low, alone.high + rest.high) if len(some) < len(few) else alone
+    findings += gradients.check_gradients(subject, total, few)
+    del rest, total  # gigabytes
+    stage(0.62, 0.62, "order, neighbours, pad tail, micro-batches")
     findings += gradients.check_isolation(subject, few)
     findings.append(gradients.check_mean_loss(subject, few))
     writer = low if low.dtype == torch.float32 else high
-    progress = stage(0.75, 0.98, "greedy tokens of HF's generate")
-    written = numbers.generate(writer, material.prompts, options.generated, progress)
+    progress = stage(0.68, 0.78, "greedy tokens of HF's generate")
+    types = {table.rope_parameters["rope_type"] for table in rotary_tables(subject.model).values()}
+    mixed = bool(types & set(LENGTH_DEPENDENT_ROPE_TYPES))
+    # HF would give a prompt the frequencies of the longest beside it.
+    at_once = 1 if mixed else max(1, len(material.prompts))
+    written = numbers.generate(writer, material.prompts, options.generated, at_once, progress)
     findings.append(
         numbers.teacher_forcing(subject, low, written, options.generated, measured.tolerance)
     )
+    limits = (measured.tolerance, measured.largest_logit)
+    progress = stage(0.8, 0.99, "every implementation, and HF padded and packed")
+    routes += compare_routes(subject, low, alone, some, written, limits, progress)
+    note = "its frequencies are those of the longest conversation" if mixed else ""
+    findings += route_findings(routes, note)
     findings.append(gradients.check_invariance(subject, few))
     return findings
+
+
+def _alone(low: Any, high: Any, samples: Sequence[Sample], progress: Callable) -> Alone:
+    wide = HFAlone(high).run(samples, lambda share: progress(share * 0.7))
+    return Alone(HFAlone(low).run(samples, lambda share: progress(0.7 + share * 0.3)), wide)
 
 
 def _result(
     options: CheckOptions,
     material: Material,
     measured: numbers.Numbers,
+    routes: Sequence[Comparison],
     findings: Sequence[Finding],
 ) -> dict[str, Any]:
     return {
@@ -192,6 +228,7 @@ def _result(
         "conversations": len(material.samples),
         "tokens": sum(len(sample) for sample in material.samples),
         "findings": [asdict(finding) for finding in findings],
+        "routes": [route.as_dict() for route in routes],
         "layers": measured.layer_errors(),
         "positions": [
             {"conversation": i, "errors": errors.tolist(), "bound": measured.tolerance}

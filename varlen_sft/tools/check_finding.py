@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from varlen_sft.data.batch import PackedBatch, collate
-from varlen_sft.models.llama import LlamaForSFT
+from varlen_sft.data.sample import Sample
+from varlen_sft.tools.check_subject import Packing
 from varlen_sft.train.loop import mean_loss
 from varlen_sft.types import LossOutput
 
@@ -45,7 +47,7 @@ class Finding:
 class Subject:
     """The pieces of a packed training step that are checked; a test plants faults in them."""
 
-    model: LlamaForSFT
+    model: Packing
     collate: Callable[..., PackedBatch] = collate
     mean_loss: Callable[[Sequence[LossOutput]], Tensor] = mean_loss
 
@@ -56,3 +58,8 @@ def relative_l2(actual: Tensor, expected: Tensor) -> float:
     if difference == 0:
         return 0.0
     return float(difference / expected.double().norm().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def whole(ids: np.ndarray) -> Sample:
+    """A sample of these token ids, all of them trained."""
+    return Sample(ids.astype(np.int32), np.ones(len(ids), np.float32), np.zeros(len(ids), np.uint8))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,32 +18,14 @@ from torch import Tensor
 from varlen_sft.data.batch import PackedBatch
 from varlen_sft.data.sample import Sample
 from varlen_sft.models.llama import Residual
-from varlen_sft.tools.check_finding import Finding, Subject
+from varlen_sft.tools.check_finding import Finding, Subject, whole
 
-__all__ = ["HIGHER", "Numbers", "compare_forward", "hf_model", "teacher_forcing"]
+__all__ = ["HIGHER", "Numbers", "compare_forward", "generate", "teacher_forcing"]
 
 HIGHER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
 NEAR_TIES = 1e-3
 """At most this share of positions may be too close to call."""
 Progress = Callable[[float], None]
-
-
-def hf_model(folder: Path, dtype: torch.dtype) -> Any:
-    """transformers' own model with its eager attention, in evaluation mode.
-
-    Its embedding drops the input gradient of ``pad_token_id``, which in many checkpoints is the
-    stop
-    token: that is taken away here, so that its gradients are those of the loss.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # it would write into ours
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager"
-    ).eval()
-    model.model.embed_tokens.padding_idx = None
-    return model
 
 
 @contextmanager
@@ -71,7 +52,7 @@ def captured(parts: dict[str, torch.nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 def layer_modules(model: Any) -> dict[str, torch.nn.Module]:
     """Embedding, every layer and the last norm, under the same names for HF's model and ours."""
-    body = getattr(model, "model", model)
+    body = getattr(model, "base_model", model)
     layers = {f"layer {i}": layer for i, layer in enumerate(body.layers)}
     return {"embedding": body.embed_tokens, **layers, "norm": body.norm}
 
@@ -115,16 +96,17 @@ class Numbers:
             sums[at] += float(value.square().sum())
 
     def add_logits(self, conversation: int, ours: Tensor, low: Tensor, high: Tensor) -> None:
-        self.ours.append((ours.double() - high).abs().amax(-1).numpy())
-        self.hf.append((low.double() - high).abs().amax(-1).numpy())
+        # A subtraction widens as it reads.
+        self.ours.append((ours - high).abs_().amax(-1).double().numpy())
+        self.hf.append((low - high).abs_().amax(-1).double().numpy())
         self.largest_logit = max(self.largest_logit, float(high.abs().max()))
-        top = low.topk(2)
-        for position in (ours.argmax(-1) != top.indices[:, 0]).nonzero().flatten().tolist():
+        top, said, truth = low.topk(2), ours.argmax(-1), high.argmax(-1)
+        theirs = top.indices[:, 0]
+        for position in (said != theirs).nonzero().flatten().tolist():
             gap = float(top.values[position, 0] - top.values[position, 1])
             self.disagreements.append((conversation, position, gap))
-        truth = high.argmax(-1)
-        self.hf_disagreements += int((low.argmax(-1) != truth).sum())
-        self.our_disagreements += int((ours.argmax(-1) != truth).sum())
+        self.hf_disagreements += int((theirs != truth).sum())
+        self.our_disagreements += int((said != truth).sum())
 
 
 @torch.no_grad()
@@ -196,23 +178,43 @@ def _first_layer(numbers: Numbers) -> str:
 
 @torch.no_grad()
 def generate(
-    hf: Any, prompts: Sequence[np.ndarray], tokens: int, progress: Progress
+    hf: Any, prompts: Sequence[np.ndarray], tokens: int, batch: int, progress: Progress
 ) -> list[tuple[np.ndarray, Tensor]]:
-    """Greedy continuations of ``tokens`` tokens by HF, and the top-2 gap at each of them."""
+    """Greedy continuations of ``tokens`` tokens by HF, and the top-2 gap at each of them.
+
+    ``batch`` prompts are written at a time, padded on the left as HF wants them: writing one token
+    reads all weights, for however many prompts.
+    """
+    from transformers import LogitsProcessorList
+
     hf.generation_config.eos_token_id = None  # go on after a stop token: every prompt counts alike
-    written = []
-    for done, prompt in enumerate(prompts, start=1):
+    written: list[tuple[np.ndarray, Tensor]] = []
+    steps = iter(range(1, 2**31))
+    total = -(-len(prompts) // batch) * tokens
+
+    def tick(ids: Tensor, scores: Tensor) -> Tensor:
+        progress(next(steps) / total)
+        return scores
+
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        longest = max(map(len, part))
+        ids = torch.tensor([[0] * (longest - len(p)) + p.tolist() for p in part])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in part])
         out = hf.generate(
-            torch.from_numpy(prompt).long()[None],
+            ids,
+            attention_mask=mask,
             do_sample=False,
             max_new_tokens=tokens,
             pad_token_id=0,
             output_logits=True,
             return_dict_in_generate=True,
+            logits_processor=LogitsProcessorList([tick]),
         )
-        top = torch.cat(out.logits).topk(2).values
-        written.append((out.sequences[0].numpy(), top[:, 0] - top[:, 1]))
-        progress(done / len(prompts))
+        top = torch.stack(out.logits).topk(2).values
+        for row, prompt in enumerate(part):
+            text = out.sequences[row, longest - len(prompt) :].numpy()
+            written.append((text, top[:, row, 0] - top[:, row, 1]))
     return written
 
 
@@ -226,7 +228,7 @@ def teacher_forcing(
 ) -> Finding:
     """Fed with what HF wrote, does the pack write the same at every position?"""
     name = f"{tokens} greedy tokens of HF for {len(written)} prompts are reproduced"
-    samples = [_whole(ids) for ids, _ in written]
+    samples = [whole(ids) for ids, _ in written]
     batch: PackedBatch = subject.collate(samples)
     logits = subject.model.hidden_states(batch.input_ids, batch.position_ids, batch.sequences)
     equal = theirs = ties = 0
@@ -250,7 +252,3 @@ def teacher_forcing(
         return Finding.decided(name, wrong, f"{equal} of {total} equal, {ties} near ties")
     detail = f"{equal} of {total} equal; HF in the same dtype: {theirs} of {total}"
     return Finding(name, None, None, "note", detail)
-
-
-def _whole(ids: np.ndarray) -> Sample:
-    return Sample(ids.astype(np.int32), np.ones(len(ids), np.float32), np.zeros(len(ids), np.uint8))

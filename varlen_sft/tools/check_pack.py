@@ -11,9 +11,10 @@ from torch import Tensor
 
 from varlen_sft.data.batch import PackedBatch
 from varlen_sft.data.sample import Sample
-from varlen_sft.models.checkpoint import hf_parts
 from varlen_sft.tools.check_finding import Finding, Subject
+from varlen_sft.tools.check_subject import hf_names, rotary_tables
 from varlen_sft.types import IGNORE_INDEX
+from varlen_sft.words import listed
 
 __all__ = ["check_pack", "check_rope", "check_weights"]
 
@@ -115,7 +116,7 @@ def check_weights(subject: Subject, hf: Any) -> Finding:
     """Every weight is transformers' own, bit for bit; swapped heads are named."""
     theirs = hf.state_dict()
     faults = []
-    for name, pieces in hf_parts(subject.model).items():
+    for name, pieces in hf_names(subject.model).items():
         parameter = subject.model.get_parameter(name).detach()
         parts = parameter.split([rows for _, rows in pieces])
         for (key, _), part in zip(pieces, parts, strict=True):
@@ -127,8 +128,8 @@ def check_weights(subject: Subject, hf: Any) -> Finding:
 
 def _name_weight_fault(key: str, ours: Tensor, theirs: Tensor, subject: Subject) -> str:
     if any(p in key for p in ("q_proj", "k_proj", "v_proj")):
-        heads = ours.split(subject.model.config.head_dim)
-        others = theirs.split(subject.model.config.head_dim)
+        head_dim = next(iter(rotary_tables(subject.model).values())).head_dim
+        heads, others = ours.split(head_dim), theirs.split(head_dim)
         for at, head in enumerate(heads):
             found = [i for i, other in enumerate(others) if torch.equal(head, other)]
             if found and at not in found:
@@ -143,17 +144,21 @@ def check_rope(subject: Subject, hf: Any) -> Finding:
     """The angles of a long sequence against transformers' rotary embedding, bit for bit."""
     from varlen_sft.ops.sequences import sequences_from_lengths
 
-    rotary = hf.model.rotary_emb
-    length = min(1024, subject.model.config.rope_parameters["max_position_embeddings"])
-    ids = torch.arange(length)
-    cos, sin = rotary(torch.zeros(1), ids[None])
-    rotation = subject.model.rotary(ids, sequences_from_lengths([length]))
-    half = rotation.cos.shape[1]
-    ours = (rotation.cos[rotation.position_ids], rotation.sin[rotation.position_ids])
-    name = f"RoPE angles of {length} positions are those of transformers"
-    if torch.equal(ours[0], cos[0, :, :half]) and torch.equal(ours[1], sin[0, :, :half]):
-        return Finding.decided(name, [], f"rope_type {rotary.rope_type}, bit for bit")
-    return Finding.decided(name, [_name_rope_fault(ours, rotary.inv_freq)], "")
+    rotary, faults, types, lengths = hf.base_model.rotary_emb, [], [], []
+    for kind, table in rotary_tables(subject.model).items():
+        length = min(1024, table.rope_parameters["max_position_embeddings"])
+        ids = torch.arange(length)
+        cos, sin = rotary(torch.zeros(1), ids[None], *([] if kind is None else [kind]))
+        rotation = table(ids, sequences_from_lengths([length]))
+        half = rotation.cos.shape[1]
+        ours = (rotation.cos[rotation.position_ids], rotation.sin[rotation.position_ids])
+        if not all(torch.equal(a, b[0, :, :half]) for a, b in zip(ours, (cos, sin), strict=True)):
+            wanted = getattr(rotary, "inv_freq" if kind is None else f"{kind}_inv_freq")
+            faults.append(_name_rope_fault(ours, wanted))
+        types.append(table.rope_parameters["rope_type"])
+        lengths.append(length)
+    name = f"RoPE angles of {max(lengths)} positions are those of transformers"
+    return Finding.decided(name, faults, f"rope_type {listed(types)}, bit for bit")
 
 
 def _name_rope_fault(ours: tuple[Tensor, Tensor], wanted: Tensor) -> str:

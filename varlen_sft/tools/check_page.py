@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from varlen_sft.tools.check_page_routes import routes_section
 from varlen_sft.tools.page import Html, Series, details, document, line_chart, section, table, tag
 
 __all__ = ["write_check_page"]
@@ -42,8 +43,9 @@ def write_check_page(path: str | os.PathLike[str], result: Mapping[str, Any]) ->
         path: of the HTML file.
         result: ``model`` (a folder, of which the last part is shown), ``dtype``,
             ``environment``, ``conversations``, ``tokens``; ``findings``: property, worst, bound
-            (floats or None), verdict ("pass", "fail" or "note"), detail; ``layers``: name, ours,
-            hf, bound; ``positions``: conversation, errors (a list, one per position), bound.
+            (floats or None), verdict ("pass", "fail" or "note"), detail; ``routes``: name, figures
+            (error and bound by name), norms; ``layers``: name, ours, hf, bound; ``positions``:
+            conversation, errors (a list, one per position), bound.
 
     Raises:
         KeyError: an unknown verdict, or something is left out.
@@ -55,6 +57,7 @@ def write_check_page(path: str | os.PathLike[str], result: Mapping[str, Any]) ->
         _verdict(result["findings"]),
         _extent(result),
         section("Findings", _findings(result["findings"])),
+        section("Ways to compute", *routes_section(result["routes"])),
         section("Error per layer", *_layers(result["layers"])),
         section("Error per position", *_positions(result["positions"])),
         section("How it was measured", details("Machine and versions", result["environment"])),

@@ -36,8 +36,10 @@ from varlen_sft.tools.padded_vs_packed import compare
 from varlen_sft.tools.report import picture_pack, write_report
 from varlen_sft.tools.step_bench import DTYPES
 from varlen_sft.tools.step_candidates import Load
-from varlen_sft.train.loop import StepRecord, TrainOptions, endless_packs, evaluate, train
+from varlen_sft.train.in_memory import endless_packs, evaluate, train
 from varlen_sft.train.metrics import JsonLinesLog, LiveLine
+from varlen_sft.train.options import TrainOptions
+from varlen_sft.train.state import StepRecord
 
 if TYPE_CHECKING:
     from rich.console import Console

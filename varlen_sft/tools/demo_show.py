@@ -16,7 +16,7 @@ from varlen_sft.data.formats import Conversation
 from varlen_sft.data.packing import PackingStats
 from varlen_sft.data.sample import Sample
 from varlen_sft.models.config import LlamaConfig
-from varlen_sft.train.loop import StepRecord
+from varlen_sft.train.state import StepRecord
 
 
 def heading(console: Console, text: str) -> None:

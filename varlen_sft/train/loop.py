@@ -1,150 +1,227 @@
-"""The training loop: packs in, one optimiser step each, a record of every step out."""
+"""The training loop: steps in, one optimiser update each, a record of every step out.
+
+Nothing in it waits for a device: the sums of a step are reduced, used and kept on the device, and
+read while the next step is under way. So records come one step late, and what has to be known at
+once, that a step must not move weights, is decided on the device.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from varlen_sft.data.batch import PackedBatch, collate
-from varlen_sft.data.packing import plan_packs
-from varlen_sft.data.sample import Sample
+from varlen_sft.data.stream_step import Step
 from varlen_sft.errors import RunError
-from varlen_sft.models.llama import LlamaForSFT
-from varlen_sft.train.memory import keep_freed_memory
-from varlen_sft.train.optimizer import MasterAdamW, cosine_with_warmup
+from varlen_sft.train.optimizer import MasterAdamW
+from varlen_sft.train.options import TrainOptions
+from varlen_sft.train.parallel import Parallel, evaluate_steps
+from varlen_sft.train.state import StepRecord, TrainState
 from varlen_sft.types import LossOutput
 
-__all__ = ["NotFinite", "StepRecord", "TrainOptions", "endless_packs", "evaluate", "mean_loss"]
-__all__ += ["train"]
+__all__ = ["Ended", "Loop", "NotFinite", "evaluate_steps", "mean_loss"]
+
+Ended = Literal["finished", "asked", "no more steps"]
+"""Why a run ended: its options say so, somebody asked for it, or the steps ran out."""
 
 
 class NotFinite(RunError):
-    """The loss became NaN or infinite; weights are those before the step."""
+    """The loss or the gradient became NaN or infinite; weights are those before the step."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """How long and how fast. A run ends at ``max_steps`` or ``max_seconds``, whichever is first.
+class _Sums(NamedTuple):
+    """Of a step, over all ranks and micro-batches; one vector in the one reduction."""
 
-    Raises:
-        ValueError: no end is given, or a value out of its range.
-    """
-
-    max_steps: int | None = None
-    max_seconds: float | None = None
-    lr: float = 3e-4
-    """Peak learning rate; it rises over the first tenth of the run and falls as a cosine."""
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.max_steps is None and self.max_seconds is None:
-            raise ValueError("max_steps or max_seconds must be given")
-        for name in ("max_steps", "max_seconds", "lr", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-
-    def progress(self, step: int, seconds: float) -> float:
-        """Share of the run that is done, in [0, 1]."""
-        shares = (step / (self.max_steps or math.inf), seconds / (self.max_seconds or math.inf))
-        return min(max(shares), 1.0)
+    loss: float
+    weight: float
+    tokens: float
+    supervised: float
+    sequences: float
+    squares: float
+    seconds: float  # of the run, as rank 0 measured them when it came to the reduction
+    stop: float  # ranks that are asked to stop
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """What one optimiser step did."""
+_COUNTS = ("tokens", "supervised", "sequences", "squares")
 
-    step: int  # from 1
-    loss: float  # weighted mean over supervised tokens
-    grad_norm: float  # before clipping
+
+class _Launched(NamedTuple):
+    """A step whose work is done or under way, and whose numbers nobody has read."""
+
+    number: int
+    epoch: int
     lr: float
-    real_tokens: int
-    supervised_tokens: int
-    fill: float  # real tokens over the pack's capacity
+    numbers: Tensor  # (9,) fp64 on the host, once ``ready``: _Sums and the gradient's norm
+    ready: torch.cuda.Event | None
+    stall_s: float
     step_time_s: float
-    seconds_left: float
-
-    @property
-    def real_tokens_per_s(self) -> float:
-        return self.real_tokens / self.step_time_s
-
-    @property
-    def supervised_tokens_per_s(self) -> float:
-        return self.supervised_tokens / self.step_time_s
 
 
-def endless_packs(samples: Sequence[Sample], max_tokens: int, seed: int) -> Iterator[list[Sample]]:
-    """Whole samples in packs of at most ``max_tokens`` rows, reshuffled every epoch.
-
-    Raises:
-        ValueError: no sample, or one with more than ``max_tokens`` rows.
-    """
-    lengths = np.array([len(sample) - 1 for sample in samples])
-    if not len(lengths):
-        raise ValueError("samples must hold at least one sample, got none")
-    for epoch in range(2**31):
-        draw = np.random.default_rng((seed, epoch))
-        order = draw.permutation(len(samples))  # ties of length fall otherwise every epoch
-        packs = plan_packs(lengths[order], max_tokens)
-        for at in draw.permutation(len(packs)):
-            yield [samples[order[i]] for i in packs[at]]
-
-
-def train(
-    model: LlamaForSFT,
-    packs: Iterable[Sequence[Sample]],
-    options: TrainOptions,
-    *,
-    max_tokens: int,
-    on_step: Callable[[StepRecord], None] = lambda record: None,
-) -> list[StepRecord]:
-    """Train until the options say stop or the packs end. On a CPU see ``keep_freed_memory``.
+class Loop:
+    """Steps of one run, on one of its ranks.
 
     Args:
-        model: trained in place.
-        packs: samples of one step each.
-        options: length of the run and optimiser settings.
-        max_tokens: capacity of a pack, for ``fill``.
-        on_step: called after every step.
-
-    Raises:
-        NotFinite: the loss is NaN or infinite.
+        parallel: the model, and the ranks that share it.
+        optimizer: of that model.
+        options: length of the run, learning rate, clipping.
+        capacity: tokens that the packs of a step can hold, of all ranks, for ``fill``.
+        state: where the run is; the loop keeps it up to date.
     """
-    if next(model.parameters()).device.type == "cpu":
-        keep_freed_memory()
-    optimizer = MasterAdamW(model, weight_decay=options.weight_decay)
-    records: list[StepRecord] = []
-    start = last = time.perf_counter()
-    for samples in packs:
-        progress = options.progress(len(records), last - start)
-        if progress >= 1:
-            break
-        lr = options.lr * cosine_with_warmup(progress)
-        batch = collate(samples)
-        loss, norm = _step(model, batch, optimizer, lr, options.max_grad_norm)
-        now = time.perf_counter()
-        record = StepRecord(
-            step=len(records) + 1,
+
+    def __init__(
+        self,
+        parallel: Parallel,
+        optimizer: MasterAdamW,
+        options: TrainOptions,
+        *,
+        capacity: int,
+        state: TrainState | None = None,
+    ) -> None:
+        self.state = state or TrainState()
+        self._parallel, self._optimizer, self._options = parallel, optimizer, options
+        self._world, self._capacity = parallel.world, capacity
+        self._launched = self.state.step
+        self._seconds = self._agreed_seconds = self.state.seconds
+        self._steps_before, self._seconds_before = self.state.step, self.state.seconds
+        self._began, self._stopped = 0.0, False
+        self._bad = torch.zeros((), dtype=torch.bool, device=self._world.device)
+        parallel.reduce_with(optimizer.sums)
+
+    def run(
+        self,
+        steps: Iterable[Step],
+        *,
+        on_step: Callable[[StepRecord], None] = lambda record: None,
+        every: Sequence[tuple[int, Callable[[TrainState], None]]] = (),
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Ended:
+        """Train until the options say stop, somebody asks for it, or the steps end.
+
+        Args:
+            steps: this rank's part of each step; ``PackStream`` is one. A step is asked for only
+                when all before it are counted, so its position is right whenever ``every`` runs.
+            on_step: called with the record of each step, one step late, on every rank.
+            every: (n, action): after each n-th step of the run an action gets the state, on all
+                ranks, with every step read and its record given out.
+            stop: asked in every step, on every rank, and never waited for. If one rank says yes,
+                all end after the same step, the next one.
+
+        Raises:
+            NotFinite: the loss or the gradient is NaN or infinite, on every rank. No weight has
+                moved in that step, nor after it.
+            RankLost: a rank does not answer on GPUs; on CPUs it is ``world()`` that says so.
+        """
+        self._stopped, pending, each = False, None, iter(steps)
+        self._parallel.model.train()
+        self._began = asked = time.perf_counter()
+        while (ended := self._ended()) is None:
+            step = next(each, None)
+            if step is None:
+                ended = "no more steps"
+                break
+            launched = self._launch(step, stop(), time.perf_counter() - asked)
+            self._read(pending, on_step)
+            pending = launched
+            due = [action for n, action in every if launched.number % n == 0]
+            if due:
+                self._read(pending, on_step)
+                pending = None
+                self._act(due)
+            asked = time.perf_counter()
+        self._read(pending, on_step)
+        return ended
+
+    def _ended(self) -> Ended | None:
+        """From numbers that are the same on all ranks."""
+        if self._options.progress(self._launched, self._agreed_seconds) >= 1:
+            return "finished"
+        return "asked" if self._stopped else None
+
+    def _act(self, actions: Sequence[Callable[[TrainState], None]]) -> None:
+        for action in actions:
+            action(self.state)
+        self._parallel.model.train()
+        self._began = time.perf_counter()  # their time is no step's
+
+    def _launch(self, step: Step, stop: bool, stall_s: float) -> _Launched:
+        options = self._options
+        lr = options.rate(options.progress(self._launched, self._agreed_seconds))
+        sums = self._reduced(step, self._backward(step), stop)
+        self._bad = self._bad | ~torch.isfinite(sums[0])
+        norm = self._optimizer.step(lr, options.max_grad_norm, divisor=sums[1], skip=self._bad)
+        self._bad = self._bad | ~torch.isfinite(norm)
+        numbers, ready = _to_host(torch.cat([sums, norm.double()[None]]))
+        self._launched += 1
+        spent = time.perf_counter() - self._began
+        self._began += spent
+        self._seconds += spent
+        return _Launched(self._launched, step.epoch, lr, numbers, ready, stall_s, spent)
+
+    def _backward(self, step: Step) -> Tensor:
+        """Leave the gradients of the step; (2,) fp64: this rank's loss and weight."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        for number, batch in enumerate(step.batches, 1):
+            last = number == len(step.batches)
+            with self._parallel.micro_batch(last=last):
+                output = self._parallel.loss(batch)
+                output.loss_sum.backward()
+            if not last:
+                self._optimizer.sums.add(self._optimizer.parameters)
+            sums += torch.stack([output.loss_sum.detach(), output.weight_sum]).double()
+        return sums
+
+    def _reduced(self, step: Step, sums: Tensor, stop: bool) -> Tensor:
+        """``_Sums`` of the step, (8,) fp64: the one reduction."""
+        first = self._world.is_first
+        seconds = self._seconds + time.perf_counter() - self._began if first else 0.0
+        totals = [sum(getattr(of, name) for of in step.counts) for name in _COUNTS]
+        known = torch.tensor([*totals, seconds, float(stop)], dtype=torch.float64)
+        if sums.is_cuda:
+            known = known.pin_memory()
+        return self._world.sum(torch.cat([sums, known.to(sums.device, non_blocking=True)]))
+
+    def _read(self, launched: _Launched | None, on_step: Callable[[StepRecord], None]) -> None:
+        """Wait for the numbers of a step, and make them known."""
+        if launched is None:
+            return
+        if launched.ready is not None:
+            self._world.wait(launched.ready)
+        *values, norm = launched.numbers.tolist()
+        sums = _Sums(*values)
+        loss = sums.loss / (sums.weight or 1)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NotFinite(
+                f"step {launched.number}: the loss is {loss} and the gradient's norm {norm}; "
+                "weights are those before the step"
+            )
+        self._agreed_seconds, self._stopped = sums.seconds, self._stopped or sums.stop > 0
+        record = self._record(launched, sums, loss, norm)
+        self.state.add(record)
+        on_step(record)
+
+    def _record(self, launched: _Launched, sums: _Sums, loss: float, norm: float) -> StepRecord:
+        per_step = (self._seconds - self._seconds_before) / (self._launched - self._steps_before)
+        return StepRecord(
+            step=launched.number,
             loss=loss,
             grad_norm=norm,
-            lr=lr,
-            real_tokens=batch.real_tokens,
-            supervised_tokens=batch.supervised_tokens,
-            fill=batch.real_tokens / max_tokens,
-            step_time_s=now - last,
-            seconds_left=_seconds_left(options, len(records) + 1, now - start),
+            lr=launched.lr,
+            real_tokens=int(sums.tokens),
+            supervised_tokens=int(sums.supervised),
+            fill=sums.tokens / self._capacity,
+            step_time_s=launched.step_time_s,
+            seconds_left=self._options.seconds_left(launched.number, sums.seconds, per_step),
+            epoch=launched.epoch,
+            sequences=int(sums.sequences),
+            squares=int(sums.squares),
+            weight=sums.weight,
+            updated=sums.weight > 0,
+            stall_s=launched.stall_s,
         )
-        last = now
-        records.append(record)
-        on_step(record)
-    return records
 
 
 def mean_loss(outputs: Sequence[LossOutput]) -> Tensor:
@@ -158,24 +235,12 @@ def mean_loss(outputs: Sequence[LossOutput]) -> Tensor:
     return loss_sum / weight_sum.clamp(min=torch.finfo(weight_sum.dtype).tiny)
 
 
-def _step(
-    model: LlamaForSFT, batch: PackedBatch, optimizer: MasterAdamW, lr: float, max_norm: float
-) -> tuple[float, float]:
-    loss = mean_loss([model(batch)])
-    loss.backward()
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise NotFinite(f"the loss is {value}: nothing was updated in this step")
-    return value, float(optimizer.step(lr, max_norm))
-
-
-def _seconds_left(options: TrainOptions, step: int, seconds: float) -> float:
-    by_steps = (options.max_steps or math.inf) - step
-    by_time = (options.max_seconds or math.inf) - seconds
-    return max(0.0, min(by_steps * seconds / step, by_time))
-
-
-@torch.no_grad()
-def evaluate(model: LlamaForSFT, packs: Iterable[Sequence[Sample]]) -> float:
-    """Weighted mean loss over all supervised tokens of all packs: a sum over a sum."""
-    return float(mean_loss([model(collate(samples)) for samples in packs]))
+def _to_host(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and what to wait for before it is read."""
+    if not numbers.is_cuda:
+        return numbers, None
+    host = torch.empty_like(numbers, device="cpu", pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return host, ready

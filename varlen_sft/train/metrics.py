@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from varlen_sft.train.loop import StepRecord
+from varlen_sft.train.state import StepRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,12 +33,16 @@ class JsonLinesLog:
     """One JSON object per line, written through at once: a killed run keeps all but its last step.
 
     Args:
-        path: overwritten.
+        path: of the file.
         header: the first line, what the run was asked to do.
+        append: go on behind what is there, instead of overwriting it.
     """
 
-    def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
-        self._file: TextIO = open(path, "w", encoding="utf-8")
+    def __init__(self, path: str | Path, header: dict[str, Any], *, append: bool = False) -> None:
+        torn = append and _is_torn(Path(path))
+        self._file: TextIO = open(path, "a" if append else "w", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
         self.write({"event": "start", **header})
 
     def write(self, event: dict[str, Any]) -> None:
@@ -53,6 +57,11 @@ class JsonLinesLog:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a run was killed within its last line."""
+    return path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
 
 
 class LiveLine:

@@ -1,0 +1,79 @@
+"""What a run says on the screen and writes to its log; on all ranks but the first, nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from varlen_sft.train.metrics import JsonLinesLog, LiveLine
+from varlen_sft.train.state import StepRecord
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """A context manager that holds the log open.
+
+    Args:
+        console: None: this rank says nothing.
+        path: of the log, which goes on where it is.
+        header: what the run was asked to do; logged when it starts, or goes on.
+        share: of the run that is done after a step, for the bar.
+        every_s: see ``LiveLine``.
+    """
+
+    def __init__(
+        self,
+        console: Console | None,
+        path: Path,
+        header: dict[str, Any],
+        share: Callable[[StepRecord], float],
+        every_s: float,
+    ) -> None:
+        self._console, self._path, self._header = console, path, header
+        self._share, self._every_s = share, every_s
+        self._log: JsonLinesLog | None = None
+        self._line: LiveLine | None = None
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        if self._console is not None:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def event(self, name: str, **facts: Any) -> None:
+        """A line of the log."""
+        if self._log is not None:
+            self._log.write({"event": name, **facts})
+
+    def step(self, record: StepRecord) -> None:
+        """A step is done."""
+        if self._log is not None:
+            self._log.step(record)
+        if self._line is not None:
+            self._line.show(record)
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Meanwhile a line renews itself with every step."""
+        if self._console is None:
+            yield
+            return
+        with LiveLine(self._console, self._share, every_s=self._every_s) as self._line:
+            yield
+        self._line = None
+
+    def __enter__(self) -> Journal:
+        if self._console is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = JsonLinesLog(self._path, self._header, append=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._log is not None:
+            self._log.__exit__()
+            self._log = None

@@ -1,0 +1,234 @@
+"""A whole run: from a configuration to the exported model, gone on with where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from varlen_sft.data.files import write_whole
+from varlen_sft.data.prepare import Progress
+from varlen_sft.errors import InputError
+from varlen_sft.train.checkpoint import Checkpointer, ModelState, RandomState
+from varlen_sft.train.config import TrainConfig
+from varlen_sft.train.config_file import read_config
+from varlen_sft.train.config_out import changes, dump, flat
+from varlen_sft.train.distributed import RankLost, World, world
+from varlen_sft.train.journal import Journal
+from varlen_sft.train.loop import Ended, Loop, evaluate_steps
+from varlen_sft.train.memory import keep_freed_memory
+from varlen_sft.train.parallel import Parallel, shard
+from varlen_sft.train.setup import (
+    Sets,
+    make_optimizer,
+    open_stream,
+    prepare_sets,
+    total_steps,
+    train_options,
+    valid_steps,
+)
+from varlen_sft.train.setup_model import load_model, model_folder
+from varlen_sft.train.signals import StopRequest, resume_command
+from varlen_sft.train.state import TrainState
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch.distributed import Store
+
+__all__ = ["CHECKPOINTS", "CONFIG", "LOG", "MODEL", "run"]
+
+CHECKPOINTS, CONFIG, LOG, MODEL = "checkpoints", "config.yaml", "log.jsonl", "model"
+"""What a run leaves in its folder."""
+
+_TELLING_S = 5.0
+Preparing = Callable[[], AbstractContextManager[Progress]]
+
+
+def run(config: TrainConfig, console: Console, preparing: Preparing) -> Ended:
+    """Train, from the newest checkpoint of the run's folder if there is one.
+
+    Every rank calls it. SIGTERM or Ctrl-C during training saves, and returns "asked".
+
+    Args:
+        console: of rank 0; other ranks say nothing.
+        preparing: opened while raw sources are prepared, gives what is told of it.
+
+    Raises:
+        InputError: what the configuration names cannot be used; a checkpoint of another run.
+        RunError: the loss is not finite, a rank is gone, a disk is full; checkpoints are intact.
+    """
+    with world(config.dist.timeout_s) as here:
+        folder = model_folder(config.model.name)
+        sets = _prepared(config, folder, here, preparing)
+        made = _Run(config, folder, sets, here, console)
+        with _checkpointer(config) as checkpoints, made.journal as journal:
+            made.resume(checkpoints)
+            ended = made.train(checkpoints)
+            if ended == "asked":
+                journal.say(f"saved after step {made.state.step}; to go on: {resume_command()}")
+                return ended
+            made.validate(made.state)
+            made.export(config.run.out / MODEL)
+            journal.say(f"written: {config.run.out / MODEL}")
+            return ended
+
+
+def _checkpointer(config: TrainConfig) -> Checkpointer:
+    of = config.checkpoint
+    return Checkpointer(
+        config.run.out / CHECKPOINTS,
+        keep=of.keep,
+        every=of.every,
+        timeout_s=config.dist.timeout_s,
+    )
+
+
+class _Run:
+    """The parts of a run on one rank, and what is done with them."""
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, sets: Sets, here: World, console: Console
+    ) -> None:
+        if here.device.type == "cpu":
+            keep_freed_memory()
+        self.config, self.here, self.folder = config, here, folder
+        self.stream = open_stream(config, sets, folder, here.rank, here.size)
+        self.valid = valid_steps(config, sets, here.rank, here.size)
+        self.options = train_options(config.optim, total_steps(config, self.stream))
+        self.model = load_model(config.model, folder, config.run.seed).to(here.device)
+        if config.dist.strategy == "fsdp":
+            shard(self.model, here)
+        self.optimizer = make_optimizer(config.optim, self.model)
+        self.parallel = Parallel(self.model, here, config.dist.strategy)
+        self.state = TrainState()
+        self.parts: dict[str, Any] = {
+            "model": ModelState(self.model),
+            "optimizer": self.optimizer,
+            "stream": self.stream,
+            "run": self.state,
+            "random": RandomState(here.rank),
+        }
+        self.saved = 0  # the step of the newest checkpoint
+        self._validated: int | None = None
+        self.journal = Journal(
+            console if here.is_first else None,
+            config.run.out / LOG,
+            {"config": flat(config), "ranks": here.size, "steps": self.options.max_steps},
+            lambda record: self.options.progress(record.step, 0.0),
+            config.log.every_s,
+        )
+
+    def resume(self, checkpoints: Checkpointer) -> None:
+        """Go on from the newest checkpoint, and write down what is run now."""
+        out = self.config.run.out
+        newest = checkpoints.latest()
+        if newest is not None:
+            if not self.config.checkpoint.resume:
+                raise InputError(
+                    "the folder has checkpoints of a run: go on with checkpoint.resume: true, or "
+                    "take another run.out",
+                    file=out / CHECKPOINTS,
+                )
+            self.saved = checkpoints.load(self.parts, newest)
+            self.journal.say(f"goes on after step {self.saved} of {self.options.max_steps}")
+            self.journal.event("resume", step=self.saved)
+        if self.here.is_first:
+            for change in _changed(out / CONFIG, self.config) if newest else ():
+                self.journal.say(f"  {change}")
+            write_whole(out / CONFIG, dump(self.config).encode())
+
+    def train(self, checkpoints: Checkpointer) -> Ended:
+        """Steps until the end, or until somebody asks; all of them are saved then."""
+
+        def save(state: TrainState) -> None:
+            checkpoints.save(self.parts, state.step)
+            self.saved = state.step
+
+        every = [(self.config.checkpoint.every, save)]
+        if self.config.run.valid_every is not None:
+            every.insert(0, (self.config.run.valid_every, self.validate))
+        of = self.config.stream
+        loop = Loop(
+            self.parallel,
+            self.optimizer,
+            self.options,
+            capacity=of.packs_per_step * of.max_tokens,
+            state=self.state,
+        )
+        with StopRequest() as asked, self.journal.live():
+            ended = loop.run(
+                self.stream,
+                on_step=self.journal.step,
+                every=every,
+                stop=lambda: asked() or checkpoints.failed,
+            )
+            if self.state.step != self.saved:
+                save(self.state)
+            checkpoints.wait()
+        return ended
+
+    def validate(self, state: TrainState) -> None:
+        """Say and log the loss on what is held out, once per step."""
+        if not self.valid or self._validated == state.step:
+            return
+        self._validated = state.step
+        began = time.perf_counter()
+        loss = evaluate_steps(self.parallel, self.valid)
+        self.journal.say(f"step {state.step}: validation loss {loss:.4f}")
+        took = time.perf_counter() - began
+        self.journal.event("validation", step=state.step, loss=loss, seconds=took)
+
+    def export(self, place: Path) -> None:
+        """The model for others, with tokenizer and template; rank 0 writes."""
+        self.model.save_pretrained(place, copy_from=self.folder)
+        self.here.barrier()
+
+
+def _prepared(config: TrainConfig, folder: Path, here: World, preparing: Preparing) -> Sets:
+    """Where the prepared sets are: rank 0 makes them, however long that takes."""
+
+    def make() -> Sets:
+        with preparing() as progress:
+            return prepare_sets(config, folder, progress)
+
+    if here.store is None:
+        return make()
+    if here.is_first:
+        return _told_to_all(make, here.store, here.size - 1)
+    while not here.store.check(["prepared"]):
+        time.sleep(0.1)
+    told = json.loads(here.store.get("prepared"))
+    here.store.add("told", 1)
+    if "error" in told:
+        raise RankLost(f"rank 0 ended with {told['error']}")
+    return told["sets"]
+
+
+def _told_to_all(make: Callable[[], Sets], store: Store, others: int) -> Sets:
+    """What was made, or what went wrong, which others have to read: the store may end with us."""
+    told: dict[str, Any] = {"error": "nothing, it was stopped"}
+    try:
+        told = {"sets": make()}
+    except Exception as error:
+        told = {"error": f"{type(error).__name__}: {error}"}
+        raise
+    finally:
+        store.set("prepared", json.dumps(told))
+        until = time.monotonic() + _TELLING_S
+        while (heard := store.add("told", 0)) < others and time.monotonic() < until:
+            time.sleep(0.05)
+        if heard == others:  # the store may outlive this run, and serve the next
+            store.delete_key("prepared")
+            store.delete_key("told")
+    return told["sets"]
+
+
+def _changed(file: Path, now: TrainConfig) -> list[str]:
+    """What of the configuration is not as it was before."""
+    try:
+        return changes(read_config(file), now)
+    except InputError as error:
+        return [f"the configuration before cannot be compared: {error}"]
