@@ -159,7 +159,7 @@ def test_a_rank_that_does_not_answer_while_it_writes_is_an_error(out):
     (name, told), other = on_ranks(2, stopped_writing, out)
     assert name == "RankLost" and "rank 1 gives no sign of life (" in told
     assert "imed out" in told and other is None
-    assert folder(out) == ["step-00000001.tmp"]
+    assert folder(out) in ([], ["step-00000001.tmp"])
 
 
 @pytest.mark.e2e
