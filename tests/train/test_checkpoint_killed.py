@@ -152,7 +152,7 @@ def test_a_full_disk_is_named_on_every_rank_and_costs_nothing(tmp_path, out):
 
 def test_a_rank_without_rows_of_a_matrix_counts_its_updates(tmp_path):
     """Whichever rank writes the counts, which are the same on all, another may need them."""
-    assert on_ranks(2, updates_of_one_row) == [[2.0, 2.0]] * 2
+    assert on_ranks(2, updates_of_one_row) == [[2.0] * 4] * 2
 
 
 def test_a_rank_that_does_not_answer_while_it_writes_is_an_error(out):
