@@ -156,4 +156,9 @@ def _json(path: Path) -> dict[str, Any] | None:
 def _is_patched(model: Any) -> bool:
     """Whether ``varlen_sft.patch`` has been called on it: if so, its module has been imported."""
     hf = sys.modules.get("varlen_sft.integrations.hf")
-    return hf is not None and hf.is_patched(model)
+    if hf is None:
+        return False
+    try:
+        return hf.is_patched(model)
+    except TypeError:  # a model of one's own, which patch does not take
+        return False
