@@ -1,4 +1,4 @@
-"""Tokenizers that the tests of chat templates share."""
+"""Tokenizers that the tests of chat templates share, and what those of prepare begin with."""
 
 from __future__ import annotations
 
@@ -32,6 +32,29 @@ def base(request: pytest.FixtureRequest) -> Callable[[str], ChatTokenizer]:
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    from tests.data.prepared import model_folder
+
+    return model_folder(tmp_path_factory.mktemp("prepare") / "model")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    from tests.data.prepared import chats, jsonl
+
+    return jsonl(tmp_path / "chats.jsonl", chats())
+
+
+@pytest.fixture
+def whole(tmp_path, model, data) -> dict[str, bytes]:
+    """What an undisturbed run of prepare writes."""
+    from tests.data.prepared import contents, made
+
+    made(tmp_path / "undisturbed", model, data)
+    return contents(tmp_path / "undisturbed")
 
 
 def _tokenizer(name: str, request: pytest.FixtureRequest) -> Tokenizer:

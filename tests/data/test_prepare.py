@@ -12,7 +12,7 @@ import pytest
 
 from tests.data.columns import parquet
 from tests.data.megatron_files import write
-from tests.data.prepared import SUFFIXES, chat, chats, contents, jsonl, made, model_folder
+from tests.data.prepared import SUFFIXES, chat, chats, contents, jsonl, made
 from varlen_sft import cli
 from varlen_sft.data.chat import ChatTokenizer
 from varlen_sft.data.load import tokenize_source
@@ -33,16 +33,6 @@ def note(row):
         file.write(f"{os.getpid()} {kilobytes} {sorted(heavy)}\\n")
     return row
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("prepare") / "model")
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    return jsonl(tmp_path / "chats.jsonl", chats())
 
 
 def expected(model: Path, *sources: object, **options) -> list:

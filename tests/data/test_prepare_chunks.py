@@ -15,7 +15,7 @@ import pytest
 
 from tests.data.columns import parquet
 from tests.data.megatron_files import write
-from tests.data.prepared import chat, chats, contents, jsonl, made, model_folder
+from tests.data.prepared import chat, chats, contents, jsonl, made
 from varlen_sft.data import prepare_count, prepare_plan
 from varlen_sft.data.prepare import merge
 from varlen_sft.data.prepare_count import count_rows
@@ -40,16 +40,6 @@ out, model, data = sys.argv[1:]
 prepare(PrepareOptions(inputs=(data,), model=Path(model), out=Path(out), workers=2, chunk_rows=6,
                        sample_processor="row:slow"))
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("prepare") / "model")
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    return jsonl(tmp_path / "chats.jsonl", chats())
 
 
 def rows_of_parts(folder: Path) -> list[int]:

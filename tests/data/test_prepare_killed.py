@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.prepared import chats, contents, jsonl, made, model_folder
+from tests.data.prepared import chats, contents, jsonl, made
 from varlen_sft.data.prepare import merge
 from varlen_sft.errors import InputError
 
@@ -53,23 +53,6 @@ sys.addaudithook(hook)
 def row(row):
     return row
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("prepare") / "model")
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    return jsonl(tmp_path / "chats.jsonl", chats())
-
-
-@pytest.fixture
-def whole(tmp_path, model, data) -> dict[str, bytes]:
-    """What an undisturbed run writes."""
-    made(tmp_path / "undisturbed", model, data)
-    return contents(tmp_path / "undisturbed")
 
 
 def run(out: Path, model: Path, data: Path, workers: int = 1, *, shard=None, processor=None,

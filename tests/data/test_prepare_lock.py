@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.prepared import chats, contents, jsonl, made, model_folder
+from tests.data.prepared import contents, made
 from varlen_sft import cli
 from varlen_sft.data.prepare import merge
 from varlen_sft.data.prepare_lock import empty, locked
@@ -26,16 +26,6 @@ with locked(Path(sys.argv[1]), eval(sys.argv[2])):
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("prepare") / "model")
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    return jsonl(tmp_path / "chats.jsonl", chats())
 
 
 @pytest.fixture
