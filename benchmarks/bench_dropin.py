@@ -23,10 +23,11 @@ HELP = """\
 One training step (forward and backward through Trainer.training_step, no optimiser, which is the
 same for all) of SmolLM2-135M on conversations of chat-like lengths, side by side:
 
-  hf padded    transformers' Trainer and its padding collator, micro-batches of 4, SDPA
-  TRL packed   TRL's SFTTrainer with padding_free=True: all samples in one row, its own loss head
-  patched      varlen_sft.patch(model) and varlen_sft.Collator under transformers' Trainer
-  patched TRL  the same under varlen_sft.integrations.trl.SFTTrainer
+  hf padded        transformers' Trainer and its padding collator, micro-batches of 4, SDPA
+  TRL packed       TRL's SFTTrainer with padding_free=True: all samples in one row, its own loss head
+  patched          varlen_sft.patch(model) and varlen_sft.Collator under transformers' Trainer
+  patched, pruned  the same with patch(model, prune_last_layer=True), which the goals are for
+  patched TRL      as "patched", under varlen_sft.integrations.trl.SFTTrainer
 
 All compute the same loss; where one does not, nothing is printed but that. Rounds are interleaved,
 with an untimed step of the same candidate before each timed one. Real tokens count no padding.
@@ -103,7 +104,7 @@ def table(result: dict[str, Any], dtype: str) -> Table:
 
 def verdicts(rows: dict[str, dict[str, Any]], dtype: str) -> list[str]:
     """What was to be reached, and whether it was."""
-    ours = rows["patched"]
+    ours = rows["patched, pruned"]
     told = []
     for other, goal in zip(("hf padded", "TRL packed"), GOALS[dtype], strict=True):
         ratio = ours["real_tokens_per_second"] / rows[other]["real_tokens_per_second"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,13 +89,13 @@ def pad(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 class Patched(Steps):
     """One line and our collator."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, *, prune: bool = False) -> None:
         from transformers import Trainer, TrainingArguments
 
         import varlen_sft
 
         model = load_hf(load, "sdpa")
-        varlen_sft.patch(model)
+        varlen_sft.patch(model, prune_last_layer=prune)
         trainer = Trainer(
             model, _arguments(TrainingArguments), data_collator=varlen_sft.Collator(),
             train_dataset=[],
@@ -146,5 +147,6 @@ CANDIDATES: dict[str, Any] = {
     "hf padded": HFPadded,
     "TRL packed": TRLPacked,
     "patched": Patched,
+    "patched, pruned": partial(Patched, prune=True),
     "patched TRL": PatchedTRL,
 }
