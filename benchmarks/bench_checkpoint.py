@@ -6,9 +6,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,9 @@ STALL, SLOWER = 1.5, 1.1  # promised: of one copy, and of a step
 class Run:
     """A model in training."""
 
-    def __init__(self, tokens: int, seed: int) -> None:
+    def __init__(
+        self, tokens: int, seed: int, sizes: Mapping[str, Any] = MappingProxyType(SIZES)
+    ) -> None:
         import torch
 
         from varlen_sft.data.batch import collate
@@ -51,7 +54,7 @@ class Run:
         from varlen_sft.train.optimizer import MasterAdamW
 
         torch.manual_seed(seed)
-        self.model = LlamaForSFT(LlamaConfig.from_hf(SIZES)).to(torch.bfloat16)
+        self.model = LlamaForSFT(LlamaConfig.from_hf(dict(sizes))).to(torch.bfloat16)
         self.optimizer = MasterAdamW(self.model)
         self.parts = {
             "model": ModelState(self.model),
@@ -62,7 +65,7 @@ class Run:
         self.batch = collate(
             [
                 Sample(
-                    draw.integers(0, SIZES["vocab_size"], LENGTH + 1, dtype=np.int32),
+                    draw.integers(0, sizes["vocab_size"], LENGTH + 1, dtype=np.int32),
                     np.ones(LENGTH + 1, np.float32),
                     np.zeros(LENGTH + 1, np.uint8),
                 )
@@ -113,7 +116,9 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return work(), time.perf_counter() - start
 
 
-def measure(run: Run, folder: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
+def measure(
+    run: Run, folder: Path, rounds: int, left_out: Sequence[str] = ()
+) -> dict[str, dict[str, list[float]]]:
     """Seconds by way and by what was timed."""
     from varlen_sft.train.checkpoint import Checkpointer
 
@@ -121,6 +126,8 @@ def measure(run: Run, folder: Path, rounds: int) -> dict[str, dict[str, list[flo
     with Checkpointer(folder / "ours", keep=1) as checkpoints:
         for number in range(rounds + 1):
             for name, save in ways(run, folder, checkpoints).items():
+                if name in left_out:
+                    continue
                 _, plain = timed(run.step)
                 start = time.perf_counter()
                 wait, stall = timed(partial(save, number))
@@ -154,10 +161,10 @@ def resumed(run: Run, checkpoints: Any) -> float:
 # ---------------------------------------------------------------------- results
 
 
-def summary(found: dict[str, dict[str, list[float]]]) -> tuple[dict[str, Any], Table]:
+def summary(found: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Medians, and the times they are of."""
     plain = statistics.median(t for times in found.values() for t in times.get("plain", ()))
     copy = statistics.median(found["one copy"]["stall"])
-    table = Table("saved by", "holds up, s", "of one copy", "next step", "until on disk, s")
     results: dict[str, Any] = {"step_s": plain, "resume_s": found["resume"]["seconds"][0]}
     for name, times in found.items():
         if name == "resume":
@@ -168,9 +175,18 @@ def summary(found: dict[str, dict[str, list[float]]]) -> tuple[dict[str, Any], T
         )
         results[name] = {"stall_s": stall, "of_one_copy": stall / copy, "next_step": ratio,
                          "after_s": after, "until_on_disk_s": whole, "times": times}  # fmt: skip
-        on_disk = "-" if name == "one copy" else f"{whole:.1f}"
-        table.add_row(name, f"{stall:.2f}", f"{stall / copy:.2f}x", f"{ratio:.2f}x", on_disk)
-    return results, table
+    return results
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """A row for each way of saving."""
+    shown = Table("saved by", "holds up, s", "of one copy", "next step", "until on disk, s")
+    for name, row in results.items():
+        if isinstance(row, Mapping):
+            on_disk = "-" if name == "one copy" else f"{row['until_on_disk_s']:.1f}"
+            figures = (f"{row['of_one_copy']:.2f}x", f"{row['next_step']:.2f}x", on_disk)
+            shown.add_row(name, f"{row['stall_s']:.2f}", *figures)
+    return shown
 
 
 def main() -> int:
@@ -188,8 +204,8 @@ def main() -> int:
     console = script.console()
     run = Run(args.tokens, args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        results, table = summary(measure(run, Path(folder), args.rounds))
-    console.print(table)
+        results = summary(measure(run, Path(folder), args.rounds))
+    console.print(table(results))
     size = sum(tensor.nbytes for tensor in run.tensors().values())
     ours = results["Checkpointer"]
     console.print(

@@ -30,9 +30,9 @@ struct RmsNormArgs {
 };
 
 struct SiluMulArgs {
-  const void *gate_up, *dout;  // (T, 2I) and, backward only, (T, I)
-  void* out;                   // (T, I), or (T, 2I) in the backward
-  int64_t width, gate_up_stride, dout_stride, out_stride;
+  const void *gate, *up, *dout;  // (T, I); dout in the backward only
+  void *out, *dup;               // (T, I): the product, or in the backward dgate and dup
+  int64_t width, gate_stride, up_stride, dout_stride, out_stride, dup_stride;
 };
 
 }  // namespace
@@ -146,41 +146,51 @@ void rms_norm_backward(const Tensor& dx, const Tensor& dweight, const Tensor& dy
   dispatch_floating(x.scalar_type(), [&]<typename T>() { run_norm_backward<T>(args, dweight); });
 }
 
-void check_gate_up(const Tensor& gate_up) {
-  check_dim(gate_up, "gate_up", "(T, 2I)", 2);
-  check_floating(gate_up, "gate_up");
-  check_last_axis(gate_up, "gate_up");
-  VARLEN_CHECK(gate_up.size(1) % 2 == 0, "gate_up must have an even number of columns, got ",
-               gate_up.size(1));
+SiluMulArgs silu_mul_args(const Tensor& gate, const Tensor& up) {
+  check_dim(gate, "gate", "(T, I)", 2);
+  check_floating(gate, "gate");
+  check_last_axis(gate, "gate");
+  check_rows(up, "up", "(T, I)", gate.size(0), gate.size(1), gate.scalar_type());
+  SiluMulArgs args{};
+  args.gate = data<const void>(gate);
+  args.up = data<const void>(up);
+  args.width = gate.size(1);
+  args.gate_stride = gate.stride(0);
+  args.up_stride = up.stride(0);
+  return args;
 }
 
-void silu_mul_forward(const Tensor& out, const Tensor& gate_up) {
-  check_gate_up(gate_up);
-  const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
-  check_rows(out, "out", "(T, I)", rows, width, gate_up.scalar_type());
-  check_rows_apart(out, "out");
-  const SiluMulArgs args{data<const void>(gate_up), nullptr, data<void>(out), width,
-                         gate_up.stride(0),         0,       out.stride(0)};
-  dispatch_floating(gate_up.scalar_type(), [&]<typename T>() {
+// A gradient or product that is written, (T, I) of gate's dtype.
+void* written_like(const Tensor& gate, const Tensor& out, const char* name) {
+  check_rows(out, name, "(T, I)", gate.size(0), gate.size(1), gate.scalar_type());
+  check_rows_apart(out, name);
+  return data<void>(out);
+}
+
+void silu_mul_forward(const Tensor& out, const Tensor& gate, const Tensor& up) {
+  SiluMulArgs args = silu_mul_args(gate, up);
+  args.out = written_like(gate, out, "out");
+  args.out_stride = out.stride(0);
+  dispatch_floating(gate.scalar_type(), [&]<typename T>() {
     auto kernel = VARLEN_BEST_FOR(T, silu_mul_rows<T>);
-    torch::stable::parallel_for(0, rows, kGrain / (2 * width + 1) + 1,
+    torch::stable::parallel_for(0, gate.size(0), kGrain / (2 * args.width + 1) + 1,
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
 }
 
-void silu_mul_backward(const Tensor& dgate_up, const Tensor& dout, const Tensor& gate_up) {
-  check_gate_up(gate_up);
-  const int64_t rows = gate_up.size(0), width = gate_up.size(1) / 2;
-  check_rows(dout, "dout", "(T, I)", rows, width, gate_up.scalar_type());
-  check_rows(dgate_up, "dgate_up", "(T, 2I)", rows, 2 * width, gate_up.scalar_type());
-  check_rows_apart(dgate_up, "dgate_up");
-  const SiluMulArgs args{data<const void>(gate_up), data<const void>(dout),
-                         data<void>(dgate_up),      width,
-                         gate_up.stride(0),         dout.stride(0),
-                         dgate_up.stride(0)};
-  dispatch_floating(gate_up.scalar_type(), [&]<typename T>() {
+void silu_mul_backward(const Tensor& dgate, const Tensor& dup, const Tensor& dout,
+                       const Tensor& gate, const Tensor& up) {
+  SiluMulArgs args = silu_mul_args(gate, up);
+  check_rows(dout, "dout", "(T, I)", gate.size(0), gate.size(1), gate.scalar_type());
+  args.dout = data<const void>(dout);
+  args.dout_stride = dout.stride(0);
+  args.out = written_like(gate, dgate, "dgate");
+  args.out_stride = dgate.stride(0);
+  args.dup = written_like(gate, dup, "dup");
+  args.dup_stride = dup.stride(0);
+  dispatch_floating(gate.scalar_type(), [&]<typename T>() {
     auto kernel = VARLEN_BEST_FOR(T, silu_mul_backward_rows<T>);
-    torch::stable::parallel_for(0, rows, kGrain / (2 * width + 1) + 1,
+    torch::stable::parallel_for(0, gate.size(0), kGrain / (2 * args.width + 1) + 1,
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
 }
@@ -195,8 +205,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varlen_sft_c, m) {
   m.def(
       "rms_norm_backward(Tensor(a!) dx, Tensor(b!) dweight_f32, Tensor dy, Tensor x, "
       "Tensor weight, Tensor rstd, Tensor? dsum) -> ()");
-  m.def("silu_mul_forward(Tensor(a!) out, Tensor gate_up) -> ()");
-  m.def("silu_mul_backward(Tensor(a!) dgate_up, Tensor dout, Tensor gate_up) -> ()");
+  m.def("silu_mul_forward(Tensor(a!) out, Tensor gate, Tensor up) -> ()");
+  m.def(
+      "silu_mul_backward(Tensor(a!) dgate, Tensor(b!) dup, Tensor dout, Tensor gate, Tensor up) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(varlen_sft_c, CPU, m) {

@@ -130,15 +130,16 @@ VEC_FN void sigmoids(V v, V& of_v, V& of_minus_v) {
   of_minus_v = e * of_v;
 }
 
-// out = round(round(silu(gate)) * up); gate is the first half of a row of gate_up, up the second.
+// out = round(round(silu(gate)) * up).
 template <typename T>
 void silu_mul_rows(const SiluMulArgs& args, int64_t begin, int64_t end) {
   const int64_t n = args.width;
   for (int64_t row = begin; row < end; ++row) {
-    const T* gate = static_cast<const T*>(args.gate_up) + row * args.gate_up_stride;
+    const T* gate = static_cast<const T*>(args.gate) + row * args.gate_stride;
+    const T* ups = static_cast<const T*>(args.up) + row * args.up_stride;
     T* out = static_cast<T*>(args.out) + row * args.out_stride;
     for (int64_t i = 0; i < n; i += kLanes<T>) {
-      const Vec<T> g = load_upto(gate + i, n - i), up = load_upto(gate + n + i, n - i);
+      const Vec<T> g = load_upto(gate + i, n - i), up = load_upto(ups + i, n - i);
       Vec<T> sigmoid, complement;
       sigmoids(g, sigmoid, complement);
       store_upto(out + i, n - i, round_to<T>(g * sigmoid) * up);
@@ -152,16 +153,18 @@ template <typename T>
 void silu_mul_backward_rows(const SiluMulArgs& args, int64_t begin, int64_t end) {
   const int64_t n = args.width;
   for (int64_t row = begin; row < end; ++row) {
-    const T* gate = static_cast<const T*>(args.gate_up) + row * args.gate_up_stride;
+    const T* gate = static_cast<const T*>(args.gate) + row * args.gate_stride;
+    const T* ups = static_cast<const T*>(args.up) + row * args.up_stride;
     const T* dout = static_cast<const T*>(args.dout) + row * args.dout_stride;
-    T* out = static_cast<T*>(args.out) + row * args.out_stride;
+    T* dgate = static_cast<T*>(args.out) + row * args.out_stride;
+    T* dup = static_cast<T*>(args.dup) + row * args.dup_stride;
     for (int64_t i = 0; i < n; i += kLanes<T>) {
-      const Vec<T> g = load_upto(gate + i, n - i), up = load_upto(gate + n + i, n - i);
+      const Vec<T> g = load_upto(gate + i, n - i), up = load_upto(ups + i, n - i);
       const Vec<T> grad = load_upto(dout + i, n - i);
       Vec<T> sigmoid, complement;
       sigmoids(g, sigmoid, complement);
-      store_upto(out + i, n - i, grad * up * (sigmoid * (1 + g * complement)));
-      store_upto(out + n + i, n - i, grad * round_to<T>(g * sigmoid));
+      store_upto(dgate + i, n - i, grad * up * (sigmoid * (1 + g * complement)));
+      store_upto(dup + i, n - i, grad * round_to<T>(g * sigmoid));
     }
   }
 }

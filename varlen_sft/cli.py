@@ -7,10 +7,22 @@ import sys
 from collections.abc import Sequence
 
 from varlen_sft import __version__
-from varlen_sft.commands import check, convert, demo, doctor, merge, plan, prepare, show, train
+from varlen_sft.commands import (
+    bench,
+    check,
+    convert,
+    demo,
+    doctor,
+    merge,
+    plan,
+    prepare,
+    report,
+    show,
+    train,
+)
 from varlen_sft.errors import InputError, RunError
 
-COMMANDS = (demo, check, doctor, show, prepare, merge, convert, plan, train)
+COMMANDS = (demo, check, doctor, show, prepare, merge, convert, plan, train, report, bench)
 """In the order in which ``--help`` lists them."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -179,6 +179,25 @@ class VarlenAttention(nn.Module):
         q, k = apply_rope(q, k, *rotation, numerics=self.numerics)
         out = self._attend(q, k, v, sequences, None).flatten(1)
         return self.o_proj(out if last is None else pick_rows(out, last.rows))
+
+    def read_on(
+        self,
+        hidden: Tensor,
+        rotation: Rotation,
+        sequences: Sequences,
+        keep: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Sequences]],
+    ) -> Tensor:
+        """(T, C) to (T, C) of rows that go on in sequences read before.
+
+        Args:
+            sequences: of the new rows.
+            keep: takes k and v (T, K, D) of the new rows; gives those of all rows of the same
+                sequences, the new ones last in each, and where these sequences begin and end.
+        """
+        q, k, v = self._project(hidden)
+        q, k = apply_rope(q, k, *rotation, numerics=self.numerics)
+        k, v, k_sequences = keep(k, v)
+        return self.o_proj(self._attend(q, k, v, sequences, k_sequences).flatten(1))
 
     def _attend_runs(self, hidden: Tensor, rotation: Rotation, runs: QueryRuns) -> Tensor:
         """(S, H D), with no more queries than the supervised rows need."""

@@ -267,7 +267,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of a fused (T, 2 I) projection, gate first (SwiGLU, Shazeer 2002.05202)."""
-    gate, up = gate_up.chunk(2, dim=-1)
+def silu_mul(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, (T, I) each (SwiGLU, Shazeer 2002.05202); without ``up`` the two are halves
+    of one fused (T, 2 I) projection, gate first."""
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -35,6 +35,16 @@ def test_two_features_become_one_row():
     assert type(batch["max_length_q"]) is int
     assert all(batch[key].dtype == torch.int64 for key in ("input_ids", "position_ids", "labels"))
     assert "shift_weights" not in batch and "attention_mask" not in batch
+    assert batch["rows"].tolist() == [0, 1] + [-1] * 126 and batch["rows"].dtype == torch.int64
+    assert list(batch)[0] == "input_ids"  # of which Accelerate reads the batch size
+
+
+def test_rows_are_those_that_learn_something():
+    features = [A, {"input_ids": [5, 6, 7, 8], "token_weights": [3, 0.5, 0, 2]}, B]
+    batch = Collator(fractional_weights=True, pad_to=40)(features)
+    assert batch["rows"][:5].tolist() == [0, 1, 3, 5, -1]
+    nothing = Collator()([B])
+    assert nothing["rows"].tolist() == []  # none to pad, either
 
 
 def test_a_batch_without_labels_when_asked():

@@ -183,7 +183,7 @@ def test_another_model_of_the_same_config_is_not_touched():
 
 def test_the_report_tells_each_layer():
     model = tiny_hf("smollm3")
-    report = patch(model, loss=False)
+    report = patch(model, loss=False, elementwise=False)
     replaced = ["forward" in vars(layer.self_attn) for layer in model.model.layers]
     assert replaced == [True, False, True]
     assert [layer.rope for layer in report.layers] == ["table", "none", "table"]
@@ -197,8 +197,10 @@ def test_the_report_tells_each_layer():
     assert "  attention   window 8: 0, 2; full: 1\n" in str(report)
     assert "rope        sliding_attention: 0, 2; full_attention: 1; numerics hf" in str(report)
     assert [layer.window_size for layer in patch(tiny_hf("mistral"), loss=False).layers] == [8, 8]
-    report = patch(tiny_hf("llama2"), loss=False, rope=False)
+    report = patch(tiny_hf("llama2", torch.float32), loss=False, rope=False)
     assert [layer.rope for layer in report.layers] == ["hf", "hf"] and "rope" not in str(report)
+    told = "  elementwise 2 LlamaMLP, 4 LlamaRMSNorm: one pass over memory each, on a CPU"
+    assert (told in str(report)) == bool(report.elementwise)
 
 
 def test_tables_rounded_with_the_model_are_noted_and_not_used():

@@ -1,7 +1,7 @@
 """No step of a patched Hugging Face model waits for the device: seen on a fake one, without a GPU.
 
-Told of its pack by the flash keywords or by ``packed=``; position ids alone cost the one wait that
-``Packed.from_call`` speaks of.
+Told of its pack by the flash keywords, by ``packed=`` or by ``Collator``, as Trainer calls it;
+position ids alone cost the one wait that ``Packed.from_call`` speaks of.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ pytestmark = shared.pytestmark
 device, packages = shared.device, shared.packages
 
 NAMES = ("llama3", "qwen2_window", "smollm3", "gemma2", "gemma3", "olmo2")
-CASES = [f"{name} {call}" for name in NAMES for call in ("flash", "packed")]
-WAITING = "llama3 positions"
+CASES = [f"{name} {call}" for name in NAMES for call in ("flash", "packed", "collator")]
+WAITING = ["llama3 positions", "llama3 collator without rows"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def results(device, packages) -> dict[str, dict]:
     path = os.pathsep.join(filter(None, [str(packages), os.environ.get("PYTHONPATH")]))
     environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.no_sync.hf_steps", ",".join([*CASES, WAITING]), *device],
+        [sys.executable, "-m", "tests.no_sync.hf_steps", ",".join(CASES + WAITING), *device],
         cwd=shared.ROOT, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -41,10 +41,13 @@ def test_nothing_waits(case, results):
     assert results[case]["sync"] is None
     layers = 3 if case.startswith(("smollm3", "gemma3")) else 2
     turns = 2 if case.startswith("smollm3") else layers  # one layer has no positions
-    head = ["linear_cross_entropy"] if case.endswith("packed") else []
+    head = ["linear_cross_entropy"] if case.endswith(("packed", "collator")) else []
     assert results[case]["bodies"] == ["rope"] * turns + head + ["rope"] * turns
     assert results[case]["picked"]["attention"] == ["flash_attn_2"]
 
 
-def test_position_ids_alone_wait_once(results):
-    assert "gives what only the data can tell" in results[WAITING]["sync"]
+@pytest.mark.parametrize(("case", "where"), zip(WAITING, ("ops/sequences", "hf_targets"), strict=True))
+def test_who_does_not_say_it_waits(case, where, results):
+    """Position ids alone, and labels without their rows."""
+    found = results[case]["sync"]
+    assert "gives what only the data can tell" in found and where in found

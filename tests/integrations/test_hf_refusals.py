@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -173,6 +174,28 @@ def test_a_model_without_a_head():
 )
 def test_options(options, words):
     refuse(tiny_hf("llama3"), ValueError, words, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": False}, {"attention": False, "loss": False}])
+def test_copies_of_data_parallel(options, monkeypatch):
+    """With several devices it copies the modules; weights need none for that here."""
+    from torch.nn.parallel import replicate
+
+    def same(tensors, devices, detach=False):
+        return [list(tensors) for _ in devices]
+
+    monkeypatch.setitem(replicate.__globals__, "_broadcast_coalesced_reshape", same)
+    model = tiny_hf("llama3")
+    assert len(replicate(model, [0, 1])) == 2
+    patch(model, **options)
+    words = "torch.nn.DataParallel is not supported .* one process per device"
+    for outer in (model, nn.Sequential(model), copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=words):
+            replicate(outer, [0, 1])
+    with pytest.raises(TypeError, match="before any other wrapper.*got DataParallel"):
+        patch(nn.DataParallel(tiny_hf("llama3")))
+    unpatch(model)
+    assert len(replicate(model, [0, 1])) == 2
 
 
 def test_twice_and_never():

@@ -8,6 +8,7 @@ import torch
 from tests.helpers import random_samples
 from tests.integrations.families import packed_inputs
 from varlen_sft.data.batch import collate
+from varlen_sft.integrations import packed as packed_module
 from varlen_sft.integrations.packed import FLASH_KEYS, Packed
 
 LENGTHS = [3, 4, 1, 5]
@@ -19,6 +20,12 @@ def call(**changes):
     """A collator's keywords; None takes one away."""
     given = {**packed_inputs(LENGTHS), **changes}
     return {key: value for key, value in given.items() if value is not None}
+
+
+def edges(values):
+    """A call with these for q and k."""
+    both = torch.tensor(values, dtype=torch.int32)
+    return call(cu_seq_lens_q=both, cu_seq_lens_k=both)
 
 
 def without_flash(**changes):
@@ -117,7 +124,11 @@ ZERO = torch.ones(1, 13, dtype=torch.long).index_fill_(1, torch.tensor([12]), 0)
         ),
         (call(cu_seq_lens_k=torch.tensor([0, 13]).int()), ValueError, r"\(B\+1=5\)"),
         (call(cu_seq_lens_q=torch.tensor(EDGES)), TypeError, "cu_seq_lens_q must be int32"),
-        (call(input_ids=torch.ones(1, 12).long()), ValueError, "must end at T=12, got"),
+        (call(input_ids=torch.ones(1, 12).long()), ValueError, "rise from 0 to T=12, got .*13"),
+        (edges([0, 3, 7, 8, 12]), ValueError, r"rise from 0 to T=13, got .0, 3, 7, 8, 12"),
+        (edges([1, 3, 7, 8, 13]), ValueError, "cu_seq_lens_q must rise from 0 to T=13"),
+        (edges([0, 7, 3, 8, 13]), ValueError, "cu_seq_lens_q must rise from 0 to T=13"),
+        (edges([0, 3, 7, 13]), ValueError, "must be the longest sequence.*got 5 for .3, 4, 6."),
         (call(input_ids=torch.ones(2, 13).long()), ValueError, r"got \(2, 13\)"),
         (call(input_ids=None), ValueError, "input_ids or inputs_embeds"),
         (call(position_ids=torch.arange(12)[None]), ValueError, r"\(1, T=12\), got \(1, 13\)"),
@@ -128,6 +139,23 @@ ZERO = torch.ones(1, 13, dtype=torch.long).index_fill_(1, torch.tensor([12]), 0)
 )  # fmt: skip
 def test_contradictions_are_named(given, error, words):
     with pytest.raises(error, match=words):
+        Packed.from_call(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (edges([0, 3, 7, 8, 12]), "rise from 0 to T=13"),
+        (edges([0, 7, 3, 8, 13]), "rise from 0 to T=13"),
+        (edges([0, 3, 7, 13]), "must be the longest sequence"),
+        (call(cu_seq_lens_k=torch.tensor([0, 3, 7, 9, 13]).int()), "must be equal"),
+    ],
+)
+def test_edges_on_a_device_are_asserted_there(given, words, monkeypatch):
+    """Where the host does not know the values, the device is told to stop."""
+    monkeypatch.setattr(packed_module, "_on_host", lambda tensor: False)
+    assert_is_the_pack(Packed.from_call(call()))
+    with pytest.raises(RuntimeError, match=words):  # on a CPU such an assertion fails at once
         Packed.from_call(given)
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from tests.integrations.families import tiny_hf
 from tests.integrations.steps import ONE_STEP, ROOT, eight_samples, weights_of
 from varlen_sft import Collator, patch
-from varlen_sft.integrations import WeightedTrainerMixin
+from varlen_sft.integrations import WeightedTrainerMixin, keep_exact
 
 Result = dict[str, Any]
 
@@ -89,6 +89,35 @@ def fsdp2_step(train_step: Callable[..., float]) -> Result:
     return {"before": before, "after": after, "loss": loss, "kinds": kinds}
 
 
+def fsdp2_mixed(train_step: Callable[..., float]) -> tuple[str, Result]:
+    """bf16 by Accelerate's own policy: what is said of it, and the loss after ``keep_exact``."""
+    made: list[Any] = []
+    for exact in (False, True):
+        pretend_that_accelerate_shards_on_cpus()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+        )
+        accelerator = Accelerator(mixed_precision="bf16", fsdp_plugin=plugin)
+        model = tiny_hf("llama3", torch.float32, attention="sdpa")
+        patch(model)
+        if exact:
+            keep_exact(accelerator)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        collator = Collator(fractional_weights=True)
+        loader = DataLoader(eight_samples(fractional=True), batch_size=2, collate_fn=collator)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        packs = list(loader)
+        try:
+            dtype = model(**packs[0], num_items_in_batch=torch.tensor(9.0)).loss.dtype
+            loss = train_step(accelerator, model, optimizer, packs)
+        except TypeError as error:
+            made.append(str(error))
+            continue
+        kinds = {type(p).__name__ for p in model.parameters()}
+        made.append({"loss": loss, "dtype": dtype, "kinds": kinds})
+    return made[0], made[1]
+
+
 def main(out: Path, folder: str, chats: str) -> None:
     sys.path.append(str(ROOT / "examples"))
     import accelerate_fsdp2
@@ -100,6 +129,7 @@ def main(out: Path, folder: str, chats: str) -> None:
     }
     pretend_that_accelerate_shards_on_cpus()
     results["fsdp2"] = fsdp2_step(accelerate_fsdp2.train_step)
+    results["fsdp2 mixed"] = fsdp2_mixed(accelerate_fsdp2.train_step)
     for dtype in (torch.float32, torch.bfloat16):
         pretend_that_accelerate_shards_on_cpus()
         results[dtype] = accelerate_fsdp2.main(

@@ -10,9 +10,10 @@ from tests.no_sync import steps  # isort: skip  (first: the device has to come b
 import torch
 from torch import nn
 
+from tests.helpers import random_samples
 from tests.integrations.families import tiny_hf
 from tests.no_sync.mode import NoSync
-from varlen_sft import patch
+from varlen_sft import Collator, patch
 from varlen_sft.integrations.hf_call import call_of
 from varlen_sft.integrations.packed import Packed
 
@@ -31,13 +32,26 @@ def on_fake_device(model: nn.Module) -> None:
                     values[name] = moved[id(value)]
 
 
+def collators_batch() -> dict[str, Any]:
+    """What ``Collator`` makes, where Trainer moves it, and how many targets Trainer counts."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        batch = Collator(pad_to=steps.TOKENS)(random_samples(steps.LENGTHS, fractional=False))
+        batch["num_items_in_batch"] = batch["labels"].ne(-100).sum()
+    return {
+        key: mode.from_tensor(value).to("cuda") if torch.is_tensor(value) else value
+        for key, value in batch.items()
+    }
+
+
 def hf_step(sync: NoSync, name: str, call: str) -> None:
-    """Forward and backward of a patched model, told of its pack in one of three ways."""
+    """Forward and backward of a patched model, told of its pack in one of several ways."""
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         model = tiny_hf(name, torch.bfloat16)
-        patch(model, loss=call == "packed", prune_last_layer=call == "packed")
+        loss = call in ("packed", "collator", "collator without rows")
+        patch(model, loss=loss, prune_last_layer=loss)
     on_fake_device(model)
-    batch = steps.fake_batch()
+    batch, collated = steps.fake_batch(), collators_batch()
     for table in call_of(model.model).tables.values():
         table._tables(batch.max_seqlen, batch.input_ids.device)  # once per model, no step
     given = {
@@ -48,10 +62,12 @@ def hf_step(sync: NoSync, name: str, call: str) -> None:
             "max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen,
             "shift_labels": batch.labels[None],
         },
+        "collator": collated,
+        "collator without rows": {key: x for key, x in collated.items() if key != "rows"},
     }[call]  # fmt: skip
     with sync:
-        out = model(input_ids=batch.input_ids[None], **given)
-        (out.loss if call == "packed" else out.logits.sum()).backward()
+        out = model(**{"input_ids": batch.input_ids[None], **given})
+        (out.loss if loss else out.logits.sum()).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -60,10 +76,11 @@ steps.CASES.update(
     {
         f"{n} {call}": partial(hf_step, name=n, call=call)
         for n in NAMES
-        for call in ("flash", "packed")
+        for call in ("flash", "packed", "collator")
     }
 )
-steps.CASES["llama3 positions"] = partial(hf_step, name="llama3", call="positions")
+for waiting in ("positions", "collator without rows"):
+    steps.CASES[f"llama3 {waiting}"] = partial(hf_step, name="llama3", call=waiting)
 
 if __name__ == "__main__":
     steps.main()

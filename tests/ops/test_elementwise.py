@@ -66,6 +66,11 @@ def test_add_rms_norm(size, dtype):
 def test_silu_mul(size, dtype):
     gate_up = torch.randn(size[0], 2 * size[1], generator=torch.Generator().manual_seed(0))
     compare(silu_mul, reference.silu_mul, (gate_up.to(dtype),))
+    halves = [half.to(dtype) for half in gate_up.chunk(2, dim=-1)]
+    compare(silu_mul, reference.silu_mul, halves)
+    fused = run(silu_mul, gate_up.to(dtype), impl="cpp")
+    apart = run(silu_mul, *halves, impl="cpp")
+    assert torch.equal(fused[0], apart[0]) and torch.equal(fused[1], torch.cat(apart[1:], -1))
 
 
 @needs_extension
@@ -77,6 +82,8 @@ def test_strided_rows_are_read_where_they_lie():
         rms_norm(view, weight, 1e-5, impl="cpp"), reference.rms_norm(view, weight, 1e-5)
     )
     torch.testing.assert_close(silu_mul(view, impl="cpp"), reference.silu_mul(view))
+    gate, up = buffer[:, :32], buffer[:, 41:73]
+    torch.testing.assert_close(silu_mul(gate, up, impl="cpp"), reference.silu_mul(gate, up))
 
 
 def test_rms_norm_is_that_of_transformers_bit_for_bit_in_bf16():
@@ -91,6 +98,8 @@ def test_rms_norm_is_that_of_transformers_bit_for_bit_in_bf16():
 def test_errors_name_the_argument_and_what_came():
     with pytest.raises(ValueError, match="gate_up must have an even number of columns, got 3"):
         silu_mul(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"up must have shape \(T=2, I=3\), got \(2, 4\)"):
+        silu_mul(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(TypeError, match="weight must be float32, got float64"):
         rms_norm(torch.zeros(2, 3), torch.zeros(3).double(), 1e-5)
     with pytest.raises(ValueError, match=r"weight must have shape \(C=3\), got \(4,\)"):
@@ -105,4 +114,5 @@ def test_op_registration():
     torch.library.opcheck(torch.ops.varlen_sft.rms_norm_cpu, (x, weight, 1e-5))
     residual = torch.randn(3, 8, requires_grad=True)
     torch.library.opcheck(torch.ops.varlen_sft.add_rms_norm_cpu, (x, residual, weight, 1e-5))
-    torch.library.opcheck(torch.ops.varlen_sft.silu_mul_cpu, (x,))
+    torch.library.opcheck(torch.ops.varlen_sft.silu_mul_fused_cpu, (x,))
+    torch.library.opcheck(torch.ops.varlen_sft.silu_mul_cpu, (x, residual))

@@ -10,7 +10,7 @@ from tests.helpers import random_samples
 from tests.integrations.families import tiny_hf
 from varlen_sft.data.batch import collate
 from varlen_sft.tools.check_compare import Figure, generated, group_of
-from varlen_sft.tools.check_numbers import generate
+from varlen_sft.tools.check_generate import generate
 from varlen_sft.tools.check_routes import HFAlone, HFPacked, HFPadded, Ours, Route
 from varlen_sft.tools.check_subject import PatchedModel
 

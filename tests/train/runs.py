@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers import random_samples, tiny_hf_config, tiny_model
 from varlen_sft.data.batch import PackedBatch, collate
-from varlen_sft.data.sample import Sample
+from varlen_sft.data.sample import ROLES, Sample
 from varlen_sft.data.stream import Counts, OrderOptions, PackStream, Step, StreamOptions
 from varlen_sft.data.stream_step import idle
 from varlen_sft.errors import InputError
@@ -50,10 +50,16 @@ class InMemory:
 def stream(here: World, accumulate: int, lengths: list[int] = LENGTHS) -> PackStream:
     """This rank's part of steps of four packs."""
     return PackStream(
-        [InMemory(random_samples(lengths))],
+        [InMemory([spoken(sample) for sample in random_samples(lengths)])],
         OrderOptions(max_tokens=32, packs_per_step=4, balance_steps=2),
         StreamOptions(rank=here.rank, ranks=here.size, accumulate=accumulate, workers=0),
     )
+
+
+def spoken(sample: Sample) -> Sample:
+    """The same, said by user and assistant in turns of four tokens."""
+    turns = np.repeat([ROLES.index("user"), ROLES.index("assistant")], 4)
+    return replace(sample, roles=np.resize(turns, len(sample)).astype(np.uint8))
 
 
 def build(

@@ -1,32 +1,28 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 
-import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from tests.helpers import random_samples, tiny_hf_config, tiny_model
 from tests.train.runs import build, stream
-from varlen_sft.data.batch import collate
+from varlen_sft.data.batch import STOP, collate, target_roles
+from varlen_sft.data.costs import ModelSizes
+from varlen_sft.data.sample import ROLES
+from varlen_sft.models.config import LlamaConfig
 from varlen_sft.train.distributed import World
+from varlen_sft.train.flops import StepWork, naive_flops, step_flops
 from varlen_sft.train.in_memory import endless_packs, evaluate, train
 from varlen_sft.train.loop import Loop, NotFinite
-from varlen_sft.train.metrics import JsonLinesLog, LiveLine, describe
+from varlen_sft.train.memory import peak_memory
 from varlen_sft.train.optimizer import MasterAdamW
 from varlen_sft.train.options import TrainOptions
 from varlen_sft.train.parallel import Parallel
 from varlen_sft.train.schedule import cosine_with_warmup
 from varlen_sft.train.state import StepRecord, TrainState
-
-RECORD = StepRecord(
-    step=12, loss=1.23456, grad_norm=0.5, lr=1e-4, real_tokens=2000, supervised_tokens=800,
-    fill=0.9765, step_time_s=2.0, seconds_left=83.4,
-)  # fmt: skip
 
 
 def test_every_sample_once_per_epoch_and_another_order_in_the_next():
@@ -139,27 +135,6 @@ def test_options_end_a_run_by_steps_or_seconds():
         TrainOptions(max_steps=1, lr=0)
 
 
-def test_what_a_person_reads():
-    assert describe(RECORD) == (
-        "step   12  loss  1.235   1,000 tok/s     400 supervised tok/s  fill  97.7%  1:23 left"
-    )
-    console = Console(record=True, force_terminal=False, width=120)
-    with LiveLine(console, lambda record: 0.5) as line:
-        line.show(RECORD)
-        line.show(RECORD)  # within the same ten seconds: not repeated
-    assert console.export_text().splitlines() == [describe(RECORD)]
-
-
-def test_the_log_keeps_every_step(tmp_path):
-    path = tmp_path / "log.jsonl"
-    with JsonLinesLog(path, {"seed": 3}) as log:
-        log.step(RECORD)
-        lines = [json.loads(line) for line in path.read_text().splitlines()]  # before it is closed
-    assert lines[0] == {"event": "start", "seed": 3}
-    assert lines[1]["event"] == "step" and lines[1]["loss"] == RECORD.loss
-    assert np.isclose(lines[1]["step_time_s"], 2.0)
-
-
 # ------------------------------------------------------------------- the loop itself
 
 
@@ -188,6 +163,43 @@ def test_records_come_one_step_late_and_all_of_them_before_an_action():
         "asked 1", "asked 2", "read 1", "asked 3", "read 2", "read 3", "act 3",
         "asked 4", "asked 5", "read 4", "asked 6", "read 5", "read 6", "act 6",
     ]  # fmt: skip
+
+
+def test_a_record_tells_roles_work_and_memory():
+    """The numbers of the first step, from its samples run apart, and what they cost."""
+    config = tiny_hf_config(tie_word_embeddings=True)
+    work = StepWork(ModelSizes.of(LlamaConfig.from_hf(config)), max_tokens=32, peak=1e-3)
+    model = tiny_model(config, torch.float32)
+    optimizer = MasterAdamW(model)
+    options = TrainOptions(max_steps=2, lr=1e-2)
+    loop = Loop(Parallel(model, World()), optimizer, options, capacity=128, work=work)
+    data = stream(World(), 4)
+    samples = [data.sources.sample(i) for ids in data.step(0).packs for i in ids.tolist()]
+    apart = tiny_model(config, torch.float32)
+    losses = [apart(collate([sample])).token_loss.detach().double() for sample in samples]
+    roles = torch.cat([torch.tensor(target_roles(sample)) for sample in samples])
+    weights = torch.cat([torch.tensor(s.token_weights[1:]).double() for s in samples])
+
+    def mean(which: torch.Tensor) -> float:
+        return float((torch.cat(losses) * weights)[which].sum() / weights[which].sum())
+
+    records: list[StepRecord] = []
+    assert loop.run(data, on_step=records.append) == "finished"
+    first = records[0]
+    user, assistant = (roles & (STOP - 1) == ROLES.index(role) for role in ("user", "assistant"))
+    expected = {"user": mean(user), "assistant": mean(assistant)}
+    assert first.role_loss == pytest.approx(expected, rel=1e-5)
+    assert first.stop_loss == pytest.approx(mean(roles >= STOP), rel=1e-5)
+    pairs = sum(i for s in samples for i in range(1, len(s)) if s.token_weights[i] > 0)
+    flops = step_flops(
+        work.sizes, first.real_tokens, first.squares, first.supervised_tokens, pairs=pairs
+    )
+    assert first.tflops == pytest.approx(flops / first.step_time_s / 1e12, rel=1e-12)
+    naive = naive_flops(work.sizes, 4, 32)
+    assert first.naive_tflops == pytest.approx(naive / first.step_time_s / 1e12, rel=1e-12)
+    assert first.mfu == first.tflops / 1e-3
+    assert first.peak_memory <= records[1].peak_memory <= peak_memory(torch.device("cpu"))
+    assert first.peak_memory > 5e7
 
 
 def test_a_run_in_two_sittings_is_the_run_in_one():

@@ -30,6 +30,23 @@ def page_faults(mode: str) -> int:
     return int(faults)
 
 
+PEAK = """
+import numpy, torch
+from varlen_sft.train.memory import peak_memory
+before = peak_memory(torch.device("cpu"))
+numpy.ones(2**25)  # 256 MiB, freed at once
+print(before, peak_memory(torch.device("cpu")))
+"""
+
+
+def test_the_peak_stays_when_memory_was_freed():
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert 50e6 < before < 4e9  # torch alone
+    assert 2**28 - 2**25 < after - before < 2**28 + 2**25
+
+
 def test_memory_is_kept_for_the_next_step():
     assert page_faults("kept") < 100
     assert page_faults("given back") > 1000  # else the machine hides what this is about

@@ -62,6 +62,14 @@ def test_raw_rows_are_prepared_once_and_found_again_by_what_they_are(place):
     assert sets_of(cached, place)[rows].prefix == place / "cache" / store.prefix.name
 
 
+def test_rows_are_hashed_once(place):
+    config, told = small_run(place, "--cache", str(place / "fresh")), []
+    prepare_sets(config, place / "llama", lambda *of: told.append(of))
+    sizes = [(place / name).stat().st_size for name in ("chats.jsonl", "valid.jsonl")]
+    assert [of[1:] for of in told if of[0] == "hash"] == [(size, size) for size in sizes]
+    assert [of[0] for of in told].count("rows") >= 2
+
+
 def test_the_options_of_data_decide_what_is_trained(place):
     row = {"said": chat("hi", "hello world")["messages"]}
     rows = jsonl(place / "said.jsonl", [row, row])

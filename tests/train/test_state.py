@@ -21,6 +21,7 @@ def test_the_state_counts_what_its_records_say():
         step=2, epoch=1, real_tokens=2010, supervised_tokens=800, skipped_steps=1, seconds=4.0
     )
     assert (RECORD.real_tokens_per_s, RECORD.supervised_tokens_per_s) == (1000, 400)
+    assert replace(RECORD, stall_s=0.5).stall == 0.25
 
 
 def test_the_state_comes_back_as_it_was():

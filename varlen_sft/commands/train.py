@@ -45,10 +45,27 @@ unknown key is an error that names the nearest.
 
 Raw sources are tokenised once, into OUT/prepared, and found again as long as rows, template and
 settings are the same. OUT holds config.yaml (all keys as they were taken), log.jsonl, checkpoints,
-and at the end the model. Killed at any time and started again it goes on from its newest
+and at the end the model and report.html: curves, data, and the answers that the model gave to the
+first held-out conversations at each validation (log.samples, log.sample_tokens). `varlen-sft report
+OUT` writes that page at any time. Killed and started again a run goes on from its newest
 checkpoint; SIGTERM and Ctrl-C finish the step and save first.
 
+While it runs two lines show the loss, that of each role that is trained and of the tokens that end
+an answer, tokens/s, fill, TFLOP/s with their MFU (where the device's peak is known, or given by
+--peak_tflops), the share of the time in which the loader was waited for, the memory at its peak
+and the time left. --tensorboard true (to OUT/tensorboard) and --wandb PROJECT get these, too.
+
+--mock-data asks whether the loader is the bottleneck: the same steps (50, if there is no run.steps)
+on made-up tokens from memory, with lengths and weights of the prepared sets that are there, else
+log-normal ones. Nothing is saved but OUT/mock.jsonl; at the end its speed is held against that of
+the run in OUT/log.jsonl, and against the time in which that run waited.
+
 On several GPUs, or machines, start it with torchrun: steps hold the same packs on any number.
+SIGTERM or Ctrl-C to torchrun reaches every rank: all finish the same step, save, and end with 0.
+torchrun itself then ends with a traceback of its SignalException and exit code 1, and ranks that
+are not done after 30 s it kills (for longer steps: --shutdown-timeout, where torchrun has it); the
+checkpoint before stays. SIGTERM to one rank alone stops all of them as well, and torchrun ends
+with 0. A rank that dies or does not answer is named by the others within dist.timeout_s.
 """
 EXAMPLES = """\
 examples:
@@ -60,6 +77,8 @@ every key with its meaning, as this run would take it (of the file above, if no 
 LoRA on a model of another family, and a Llama from scratch:
   varlen-sft train run.yaml --name hub:Qwen/Qwen3-0.6B --lora_rank 16
   varlen-sft train run.yaml --random_init
+does the run of this file wait for its loader? (some of its steps are in OUT already)
+  varlen-sft train run.yaml --mock-data
 eight GPUs of one machine:
   torchrun --nproc-per-node=8 -m varlen_sft.cli train run.yaml
 """
@@ -110,10 +129,11 @@ def run(args: argparse.Namespace) -> int:
         print(dump(config), end="")
         return 0
     from varlen_sft.tools.prepare import progress_on
+    from varlen_sft.tools.run_report import write_run_report
     from varlen_sft.train.run import run as train
 
     screen = console()
-    train(config, screen, partial(progress_on, screen))
+    train(config, screen, partial(progress_on, screen), write_run_report)
     return 0
 
 

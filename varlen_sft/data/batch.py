@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varlen_sft.data.sample import Sample
+from varlen_sft.data.sample import ROLES, Sample
 from varlen_sft.ops.cross_entropy_rows import supervised_rows
 from varlen_sft.ops.sequences import sequences_from_lengths
 from varlen_sft.reference import position_ids_from_lengths
 from varlen_sft.types import IGNORE_INDEX, Sequences
 
-__all__ = ["PackedBatch", "collate", "shift", "tail_lengths"]
+__all__ = ["STOP", "PackedBatch", "collate", "shift", "tail_lengths", "target_roles"]
+
+STOP = 0x80
+"""Added to the role of a target that ends an answer."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class PackedBatch:
     rows: Tensor  # (S,) int64: supervised rows, padded with -1
     weight_sum: Tensor  # () fp32: sum of token_weights
     pad_tokens: int = 0  # tokens of the pad tail, at the end of T
+    target_roles: Tensor | None = None  # (T,) uint8, see the function; None: not known
 
     def __post_init__(self) -> None:
         if self.input_ids.device.type == "cpu":
@@ -88,6 +92,19 @@ def shift(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids[:-1], np.where(weights > 0, ids[1:], IGNORE_INDEX), weights
 
 
+def target_roles(sample: Sample) -> np.ndarray:
+    """Whose token each row learns, and which of them end an answer.
+
+    Returns:
+        (L - 1,) uint8: an index into ROLES, plus STOP where the target is the last token of an
+        assistant's turn. That is its stop token, since data are never cut within an answer.
+    """
+    roles = sample.roles.astype(np.uint8)
+    answers = roles == ROLES.index("assistant")
+    ends = answers & ~np.append(answers[1:], False)
+    return np.where(ends, roles | STOP, roles)[1:].astype(np.uint8)
+
+
 def collate(
     samples: Sequence[Sample],
     *,
@@ -133,6 +150,7 @@ def collate(
         rows=supervised_rows(batch_labels),
         weight_sum=batch_weights.sum(dtype=torch.float64).float(),
         pad_tokens=pad,
+        target_roles=_tensor([target_roles(sample) for sample in samples], 0, pad),
     )
 
 
@@ -156,11 +174,10 @@ def _tensor(pieces: Sequence[np.ndarray], fill: int, pad: int) -> Tensor:
 
 def _check(batch: PackedBatch) -> None:
     total = batch.input_ids.shape[0]
-    for name in ("labels", "token_weights", "position_ids"):
-        if getattr(batch, name).shape != (total,):
-            raise ValueError(
-                f"{name} must have shape (T={total},), got {tuple(getattr(batch, name).shape)}"
-            )
+    for name in ("labels", "token_weights", "position_ids", "target_roles"):
+        value = getattr(batch, name)
+        if value is not None and value.shape != (total,):
+            raise ValueError(f"{name} must have shape (T={total},), got {tuple(value.shape)}")
     edges = batch.cu_seqlens.long()
     if int(edges[0]) != 0 or int(edges[-1]) != total or bool((edges.diff() < 0).any()):
         raise ValueError(f"cu_seqlens must rise from 0 to T={total}, got {edges.tolist()}")

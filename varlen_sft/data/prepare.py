@@ -64,10 +64,17 @@ class Prepared:
     chunks: tuple[int, int] = (0, 0)
 
 
-def prepare(options: PrepareOptions, progress: Progress = lambda *_: None) -> Prepared:
+def prepare(
+    options: PrepareOptions, progress: Progress = lambda *_: None, plan: Plan | None = None
+) -> Prepared:
     """Tokenise and mask rows in parallel and write a prepared set, or the parts of one shard.
 
     What an earlier run of the same left unfinished is gone on with.
+
+    Args:
+        options: what to prepare.
+        progress: see ``Progress``.
+        plan: of the same options, but for ``out``, where it is known: inputs are hashed once.
 
     Raises:
         InputError: an input, model or row cannot be used (with on_error ``error`` the first such
@@ -77,11 +84,12 @@ def prepare(options: PrepareOptions, progress: Progress = lambda *_: None) -> Pr
             it was.
     """
     with locked(file_of(options.out, PARTS), options.shard):
-        return _prepare(options, progress)
+        return _prepare(options, progress, plan)
 
 
-def _prepare(options: PrepareOptions, progress: Progress) -> Prepared:
-    plan = make_plan(options, lambda done, total: progress("hash", done, total))
+def _prepare(options: PrepareOptions, progress: Progress, plan: Plan | None) -> Prepared:
+    if plan is None:
+        plan = make_plan(options, lambda done, total: progress("hash", done, total))
     out, folder = options.out, file_of(options.out, PARTS)
     there = _in_the_way(out, plan, options.force)
     if there is not None:

@@ -75,17 +75,27 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _stop_tokens(folder: Path) -> list[str]:
-    """The tokens of ``eos_token_id`` in generation_config.json and config.json, as text."""
+def stop_ids(folder: Path) -> list[int]:
+    """``eos_token_id`` of generation_config.json and config.json, as far as they are there.
+
+    Raises:
+        InputError: one of them is no JSON object.
+    """
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         stop = _read_json(path).get("eos_token_id") if path.exists() else None
         ids += stop if isinstance(stop, list) else [stop] if isinstance(stop, int) else []
+    return list(dict.fromkeys(ids))
+
+
+def _stop_tokens(folder: Path) -> list[str]:
+    """Those of ``stop_ids``, as text."""
+    ids = stop_ids(folder)
     path = folder / "tokenizer.json"
     added = _read_json(path).get("added_tokens", []) if ids and path.exists() else []
     named = {token["id"]: token["content"] for token in added}
-    return [named[token] for token in dict.fromkeys(ids) if token in named]
+    return [named[token] for token in ids if token in named]
 
 
 def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:

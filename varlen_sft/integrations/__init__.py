@@ -9,11 +9,13 @@ _HOME = {
     "Collator": "varlen_sft.integrations.collator",
     "WeightedTrainerMixin": "varlen_sft.integrations.trainer",
     "denominator": "varlen_sft.integrations.trainer",
+    "keep_exact": "varlen_sft.integrations.exact",
 }
-__all__ = ["Collator", "WeightedTrainerMixin", "denominator"]
+__all__ = ["Collator", "WeightedTrainerMixin", "denominator", "keep_exact"]
 
 if TYPE_CHECKING:
     from varlen_sft.integrations.collator import Collator
+    from varlen_sft.integrations.exact import keep_exact
     from varlen_sft.integrations.trainer import WeightedTrainerMixin, denominator
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from varlen_sft.data.batch import shift, tail_lengths
 from varlen_sft.data.sample import Sample
+from varlen_sft.integrations.packed import ROWS
+from varlen_sft.ops.cross_entropy_rows import supervised_rows
 from varlen_sft.ops.sequences import sequences_from_lengths
 from varlen_sft.reference import position_ids_from_lengths
 from varlen_sft.types import IGNORE_INDEX
@@ -66,8 +68,10 @@ class Collator:
         Returns:
             ``input_ids``, ``position_ids``, ``shift_labels`` and ``labels`` (1, T) int64,
             ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (B + 1,) int32, ``max_length_q`` and
-            ``max_length_k`` as Python ints, ``use_cache`` False, and ``shift_weights`` (1, T)
-            fp32 if a weight is neither 0 nor 1. No label crosses from one sample to the next.
+            ``max_length_k`` as Python ints, ``rows`` (S,) int64 (the supervised ones, padded with
+            -1 to a multiple of 128, from which a patched model knows them without waiting for the
+            device), ``use_cache`` False, and ``shift_weights`` (1, T) fp32 if a weight is neither 0
+            nor 1. No label crosses from one sample to the next.
 
         Raises:
             ValueError: no features, or one that contradicts itself, is padded, does not say what
@@ -87,6 +91,7 @@ class Collator:
         batch["shift_labels"] = labels[None]
         if self.return_labels:
             batch["labels"] = _unshifted(labels)[None]
+        batch[ROWS] = supervised_rows(labels)
         if bool(((weights != 0) & (weights != 1)).any()):
             self._require_fractional(weights)
             batch["shift_weights"] = weights[None]

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from varlen_sft.integrations import hf_attention, hf_checks, hf_rope
+from varlen_sft.integrations import hf_attention, hf_checks, hf_rope, trl_guard
 from varlen_sft.integrations.families import Family
-from varlen_sft.integrations.hf_call import forget_call, install_call, rotary_forward
+from varlen_sft.integrations.hf_blocks import block_forwards
+from varlen_sft.integrations.hf_call import forget_call, install_call, rotary_forward, share_call
 from varlen_sft.integrations.hf_checks import inner_model
-from varlen_sft.integrations.hf_report import LayerReport, PatchReport
-from varlen_sft.integrations.instance import forward_of
+from varlen_sft.integrations.hf_report import PatchReport, layer_reports
+from varlen_sft.integrations.instance import allow_replicas, forward_of, refuse_replicas
 from varlen_sft.integrations.saving import saving
 from varlen_sft.modules import RotaryEmbedding
 from varlen_sft.types import Numerics
@@ -37,6 +39,7 @@ def patch(
     rope: bool = True,
     attention: bool = True,
     loss: bool = True,
+    elementwise: bool = True,
     prune_last_layer: bool = False,
     numerics: Numerics = "fp32",
 ) -> PatchReport:
@@ -52,8 +55,11 @@ def patch(
         rope: RoPE by position ids from fp32 tables, by each sequence's own length.
         attention: every sequence with itself alone; no T x T mask.
         loss: head and cross-entropy on supervised rows only.
+        elementwise: norms and SwiGLU in one pass over memory each, where ``attention`` is ours, on
+            a CPU, and where they have Llama's formulas.
         prune_last_layer: the last block on supervised rows only; needs ``loss``.
-        numerics: rounding of RoPE, see ``apply_rope``.
+        numerics: rounding of RoPE, see ``apply_rope``. With "hf", which promises HF's own bits,
+            norms and SwiGLU stay as they are.
 
     Returns:
         What was replaced, layer by layer; ``print`` it.
@@ -65,13 +71,7 @@ def patch(
     inner = inner_model(model)
     if _KEY in vars(inner):
         raise ValueError("model is patched already: call varlen_sft.unpatch(model) first")
-    if not (rope or attention or loss):
-        raise ValueError("one of rope, attention and loss must be True")
-    if prune_last_layer and not loss:
-        raise ValueError("prune_last_layer=True needs loss=True: only our loss asks for few rows")
-    if numerics not in ("fp32", "hf"):
-        raise ValueError(f"numerics must be 'fp32' or 'hf', got {numerics!r}")
-    plan = _plan(inner, rope, attention, loss, prune_last_layer, numerics)
+    plan = _plan(inner, _Options(rope, attention, loss, elementwise, prune_last_layer, numerics))
     if attention:
         hf_attention.register()
     inner.__dict__[_KEY] = record = _Patch(attention, loss)
@@ -103,12 +103,11 @@ def unpatch(model: nn.Module) -> None:
         if before is not None:
             module.forward = before
         forget_call(module)
+    allow_replicas(inner.base_model)
     if record.attention:
         hf_attention.restore(inner.config)
     if record.loss:
-        from varlen_sft.integrations.trl_guard import unguard
-
-        unguard(inner)
+        trl_guard.unguard(inner)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -143,82 +142,92 @@ class _Patch:
 
 
 @dataclass(frozen=True)
+class _Options:
+    """What ``patch`` was asked for."""
+
+    rope: bool
+    attention: bool
+    loss: bool
+    elementwise: bool
+    prune_last_layer: bool
+    numerics: Numerics
+
+    def __post_init__(self) -> None:
+        if not (self.rope or self.attention or self.loss):
+            raise ValueError("one of rope, attention and loss must be True")
+        if self.prune_last_layer and not self.loss:
+            raise ValueError(
+                "prune_last_layer=True needs loss=True: only our loss asks for few rows"
+            )
+        if self.numerics not in ("fp32", "hf"):
+            raise ValueError(f"numerics must be 'fp32' or 'hf', got {self.numerics!r}")
+
+
+@dataclass(frozen=True)
 class _Plan:
     """All that will be put in place, made while nothing is changed yet."""
 
     report: PatchReport
     tables: Mapping[str | None, RotaryEmbedding]  # none where RoPE is HF's
-    forwards: list[tuple[nn.Module, MethodType]]  # of attention layers, of a pruned block
+    forwards: list[tuple[nn.Module, MethodType]]  # of attention layers, blocks, norms and MLPs
     loss: MethodType | None
 
 
-def _plan(
-    model: Any, rope: bool, attention: bool, loss: bool, prune: bool, numerics: Numerics
-) -> _Plan:
+def _plan(model: Any, options: _Options) -> _Plan:
     family = hf_checks.check_model(model)
     layers = [layer.self_attn for layer in model.base_model.layers]
     tables: dict[str | None, RotaryEmbedding] = {}
-    rounded: list[str] = []
     forwards: list[tuple[nn.Module, MethodType]] = []
-    if attention:
+    if options.attention:
         hf_checks.check_attention(layers)
-    if rope:
+    if options.rope:
         hf_checks.check_rope(layers)
         tables = hf_rope.rotary_tables(model.config, family)
-        rounded = hf_rope.rounded_tables(model.base_model.rotary_emb, tables)
-        forwards = _attention_forwards(layers, "fp32" if family.fp32_rope else numerics)
-    report = PatchReport(
-        model=type(model).__name__,
-        family=family.title,
-        layers=_layer_reports(family, layers, attention, tables),
-        attention_before=model.config._attn_implementation,
-        numerics=numerics,
-        loss=loss,
-        prune_last_layer=prune,
-        notes=tuple(f"HF's {name} was rounded with the model; ours is not" for name in rounded),
-        saving=saving(model.config) if prune else None,
-    )
+        numerics: Numerics = "fp32" if family.fp32_rope else options.numerics
+        forwards = hf_rope.attention_forwards(layers, numerics)
     method = None
-    if loss:
+    if options.loss:
         from varlen_sft.integrations.hf_loss import loss_forward
 
         method = _while_patched(model, loss_forward(model))
-    if prune:
+    if options.prune_last_layer:
         from varlen_sft.integrations.prune import pruned_forwards
 
         forwards += pruned_forwards(model, dict(forwards).get(layers[-1]))
-    return _Plan(report, tables, forwards, method)
+    blocks: list[tuple[nn.Module, MethodType]] = []
+    if options.elementwise and options.attention and options.numerics == "fp32":
+        blocks = block_forwards(model.base_model.layers, forwards)
+    report = _report(model, family, layers, tables, options, [module for module, _ in blocks])
+    return _Plan(report, tables, forwards + blocks, method)
 
 
-def _layer_reports(
+def _report(
+    model: Any,
     family: Family,
     layers: list[nn.Module],
-    attention: bool,
     tables: Mapping[str | None, RotaryEmbedding],
-) -> tuple[LayerReport, ...]:
-    reports = []
-    for index, layer in enumerate(layers):
-        table = "table" if None in tables else str(getattr(layer, "layer_type", None))
-        rope = "hf" if not tables else table if _has_rope(layer) else "none"
-        reports.append(LayerReport(index, attention, family.window_size(layer), rope))
-    return tuple(reports)
+    options: _Options,
+    blocks: list[nn.Module],
+) -> PatchReport:
+    rounded = hf_rope.rounded_tables(model.base_model.rotary_emb, tables)
+    return PatchReport(
+        model=type(model).__name__,
+        family=family.title,
+        layers=layer_reports(family, layers, options.attention, tables),
+        attention_before=model.config._attn_implementation,
+        numerics=options.numerics,
+        loss=options.loss,
+        elementwise=_counted(blocks),
+        prune_last_layer=options.prune_last_layer,
+        notes=tuple(f"HF's {name} was rounded with the model; ours is not" for name in rounded),
+        saving=saving(model.config) if options.prune_last_layer else None,
+    )
 
 
-def _has_rope(layer: Any) -> bool:
-    return bool(getattr(layer, "use_rope", True))  # SmolLM3 has layers without positions
-
-
-def _attention_forwards(
-    layers: list[nn.Module], numerics: Numerics
-) -> list[tuple[nn.Module, MethodType]]:
-    made: dict[FunctionType, FunctionType] = {}
-    forwards = []
-    for layer in filter(_has_rope, layers):
-        theirs: Any = type(layer).forward
-        if theirs not in made:
-            made[theirs] = hf_rope.attention_forward(theirs, numerics)
-        forwards.append((layer, MethodType(made[theirs], layer)))
-    return forwards
+def _counted(blocks: list[nn.Module]) -> tuple[tuple[str, int], ...]:
+    """Classes of norms and MLPs; the blocks around them compute nothing by themselves."""
+    parts = (module for module in blocks if not hasattr(module, "self_attn"))
+    return tuple(Counter(type(module).__name__ for module in parts).items())
 
 
 def _while_patched(model: Any, ours: MethodType) -> MethodType:
@@ -241,8 +250,8 @@ def _apply(outer: nn.Module, model: Any, plan: _Plan, record: _Patch) -> None:
         record.replace(base.rotary_emb, MethodType(rotary_forward, base.rotary_emb))
     for module, forward in plan.forwards:
         record.replace(module, forward)
+        share_call(base, module)
+    refuse_replicas(base)
     if plan.loss is not None:
-        from varlen_sft.integrations.trl_guard import guard
-
         record.replace(model, plan.loss)
-        guard(model)
+        trl_guard.guard(model)

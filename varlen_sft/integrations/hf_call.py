@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from varlen_sft.integrations.hf_attention import AttentionName
 from varlen_sft.integrations.hf_rope import PackRotation
-from varlen_sft.integrations.packed import FLASH_KEYS, Packed
+from varlen_sft.integrations.packed import FLASH_KEYS, ROWS, Packed
 from varlen_sft.modules import RotaryEmbedding
 
-__all__ = ["Call", "call_of", "forget_call", "install_call", "rotary_forward"]
+__all__ = ["Call", "call_of", "forget_call", "install_call", "rotary_forward", "share_call"]
+__all__ += ["shared_call"]
 
 _KEY = "_varlen_sft_call"
 
 
 @dataclass(eq=False)
 class Call:
-    """What base model and rotary module share while a call runs; one call at a time."""
+    """What a base model and modules of it share while a call runs; one call at a time."""
 
     positional: tuple[str, ...]
     """Names of what the base model's forward takes, in order."""
@@ -37,6 +38,8 @@ class Call:
     rotary_before: MethodType | None
     """The rotary module's forward if somebody had replaced it, else None."""
     packed: Packed | None = None
+    in_block: bool = False
+    """A block is computing a pack, see ``hf_blocks.in_pack``."""
 
 
 def install_call(
@@ -53,8 +56,18 @@ def install_call(
     ]
 
 
+def share_call(base: nn.Module, module: nn.Module) -> None:
+    """Let another module of a patched base model see its state."""
+    setattr(module, _KEY, call_of(base))
+
+
+def shared_call(module: nn.Module) -> Call | None:
+    """The state that a module was given, if it was."""
+    return vars(module).get(_KEY)
+
+
 def forget_call(module: nn.Module) -> None:
-    """Take the state off a base model or rotary module."""
+    """Take the state off a module."""
     vars(module).pop(_KEY, None)
 
 
@@ -77,7 +90,7 @@ def _read_pack(
     given.update(use_cache=False, attention_mask=None, position_ids=packed.position_ids[None])
     if call.attention:
         _require_our_name(module)
-        given = {key: value for key, value in given.items() if key not in FLASH_KEYS}
+        given = {key: value for key, value in given.items() if key not in (*FLASH_KEYS, ROWS)}
         # HF passes a mask of four axes on as it is: none is made, and nothing looks at this one.
         given.update(packed=packed, attention_mask=torch.empty(1, 1, 0, 0, dtype=torch.bool))
     else:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from varlen_sft.integrations.exact import require_exact
 from varlen_sft.integrations.families import family_of
 from varlen_sft.integrations.hf_head import check_head, head_of
 from varlen_sft.integrations.hf_targets import Targets
 from varlen_sft.integrations.instance import forward_of, replace_forwards
-from varlen_sft.integrations.packed import Packed
+from varlen_sft.integrations.packed import ROWS, Packed
 from varlen_sft.integrations.prune import KEYWORD, rows_of_last_layer
 from varlen_sft.integrations.trl_guard import guard, refuse_fused_head, unguard
 from varlen_sft.ops.cross_entropy import linear_cross_entropy, masked_cross_entropy
@@ -74,7 +75,8 @@ def loss_forward(model: Any, original: Any = None) -> MethodType:
     """A forward for this model whose loss meets supervised rows only; changes nothing.
 
     Called with ``labels`` (B, L), unshifted, or ``shift_labels``, and optionally ``shift_weights``
-    (like them, fp32) and ``num_items_in_batch`` (a tensor or a number), it returns a
+    (like them, fp32), ``rows`` (the supervised ones, (S,) int64 padded with -1: nothing then waits
+    for a device) and ``num_items_in_batch`` (a tensor or a number), it returns a
     ``CausalLMLossOutput``. Its loss is the weighted sum over ``num_items_in_batch``, or where that
     is not given the weighted mean of this batch; without a supervised row it is 0. In training
     ``logits`` is None, unless ``skip_logits=False`` is given; in evaluation logits are made, unless
@@ -113,7 +115,7 @@ def loss_forward(model: Any, original: Any = None) -> MethodType:
     return MethodType(forward, model)
 
 
-_OURS = ("labels", "shift_labels", "shift_weights", "num_items_in_batch")
+_OURS = ("labels", "shift_labels", "shift_weights", "num_items_in_batch", ROWS)
 
 
 def _wants_loss(call: Mapping[str, Any]) -> bool:
@@ -196,10 +198,6 @@ def _mean(output: LossOutput, items: Tensor | float | None) -> Tensor:
     """
     total = output.loss_sum
     divisor = output.weight_sum if items is None else torch.as_tensor(items)
-    if divisor.dtype in (torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"num_items_in_batch must not be rounded, got {divisor.dtype}: FSDP casts what goes "
-            "into a model; give it MixedPrecisionPolicy(cast_forward_inputs=False)"
-        )
+    require_exact("num_items_in_batch", divisor)
     divisor = divisor.to(total.device, total.dtype, non_blocking=True)
     return total / divisor.clamp(min=torch.finfo(total.dtype).tiny)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
+from varlen_sft.integrations.families import Family
+from varlen_sft.integrations.hf_rope import has_rope
 from varlen_sft.integrations.saving import Saving
 from varlen_sft.types import Numerics
 
-__all__ = ["LayerReport", "PatchReport"]
+__all__ = ["LayerReport", "PatchReport", "layer_reports"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class PatchReport:
     """The attention that calls without a pack still go to."""
     numerics: Numerics
     loss: bool
+    elementwise: tuple[tuple[str, int], ...]
+    """HF's classes whose work is one pass over memory in packs on a CPU, and how many there are."""
     prune_last_layer: bool
     notes: tuple[str, ...] = ()
     saving: Saving | None = None
@@ -49,11 +54,31 @@ class PatchReport:
             lines.append(f"  rope        {_rope(self.layers)}; numerics {self.numerics}")
         if self.loss:
             lines.append("  loss        head and cross-entropy on supervised rows only")
+        if self.elementwise:
+            parts = ", ".join(f"{count} {name}" for name, count in self.elementwise)
+            lines.append(f"  elementwise {parts}: one pass over memory each, on a CPU")
         if self.prune_last_layer:
             lines.append("  last layer  supervised rows only, but for K and V")
             lines.append(f"              {self.saving}")
         lines += [f"  note        {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def layer_reports(
+    family: Family, layers: Iterable[Any], attention: bool, tables: Collection[str | None]
+) -> tuple[LayerReport, ...]:
+    """Of each attention layer.
+
+    Args:
+        attention: whether it was replaced.
+        tables: layer types that have a RoPE table of ours; None where one serves all layers.
+    """
+    reports = []
+    for index, layer in enumerate(layers):
+        table = "table" if None in tables else str(getattr(layer, "layer_type", None))
+        rope = "hf" if not tables else table if has_rope(layer) else "none"
+        reports.append(LayerReport(index, attention, family.window_size(layer), rope))
+    return tuple(reports)
 
 
 def _attention(layers: Iterable[LayerReport]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from varlen_sft.types import Numerics
 __all__ = [
     "PackRotation",
     "attention_forward",
+    "attention_forwards",
     "check_rotation",
+    "has_rope",
     "rotary_tables",
     "rounded_tables",
 ]
@@ -123,6 +125,25 @@ def check_rotation(layer: nn.Module) -> None:
     ours = apply_rope_reference(x[:, None], x[:, None], cos, sin, torch.arange(2))[0][:, 0]
     if not torch.allclose(theirs, ours, rtol=1e-5, atol=1e-6):
         raise ValueError(f"{_APPLY} of {kind} must rotate by halves (else rope=False)")
+
+
+def has_rope(layer: Any) -> bool:
+    """Whether an attention layer turns q and k: SmolLM3 has some without positions."""
+    return bool(getattr(layer, "use_rope", True))
+
+
+def attention_forwards(
+    layers: list[nn.Module], numerics: Numerics
+) -> list[tuple[nn.Module, MethodType]]:
+    """``attention_forward`` for each attention layer that has RoPE, bound to it."""
+    made: dict[FunctionType, FunctionType] = {}
+    forwards = []
+    for layer in filter(has_rope, layers):
+        theirs: Any = type(layer).forward
+        if theirs not in made:
+            made[theirs] = attention_forward(theirs, numerics)
+        forwards.append((layer, MethodType(made[theirs], layer)))
+    return forwards
 
 
 def attention_forward(forward: FunctionType, numerics: Numerics) -> FunctionType:

@@ -1,14 +1,17 @@
-"""Forwards of single modules: what one is now, and putting another in its place."""
+"""Forwards of single modules: what one is now, putting another in its place, and who may not copy
+them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-__all__ = ["forward_of", "replace_forwards"]
+__all__ = ["allow_replicas", "forward_of", "refuse_replicas", "replace_forwards"]
+
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 def forward_of(module: nn.Module, forward: Any = None) -> Callable[..., Any]:
@@ -45,3 +48,25 @@ def replace_forwards(pairs: Iterable[tuple[nn.Module, MethodType]]) -> Callable[
                 module.forward = before
 
     return undo
+
+
+def refuse_replicas(module: nn.Module) -> None:
+    """Make ``torch.nn.DataParallel`` raise on a model that holds ``module``.
+
+    It copies what an instance has, the forwards among it, and these would go on computing with the
+    first device's weights.
+    """
+    setattr(module, _REPLICATE, _refuse)
+
+
+def allow_replicas(module: nn.Module) -> None:
+    """Take ``refuse_replicas`` back."""
+    vars(module).pop(_REPLICATE, None)
+
+
+def _refuse() -> NoReturn:
+    raise ValueError(
+        "torch.nn.DataParallel is not supported around a patched model: it would cut packs in "
+        "pieces, and its copies would run the first one's forwards. Start one process per device "
+        "(torchrun), or show one device to this one (CUDA_VISIBLE_DEVICES=0)"
+    )

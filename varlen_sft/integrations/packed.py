@@ -5,21 +5,25 @@ HF's names (``cu_seq_lens_q``, ``max_length_q``, ``shift_labels``) end here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from varlen_sft.data.batch import PackedBatch
+from varlen_sft.integrations.exact import require_exact
 from varlen_sft.ops.checks import INTEGERS, require_dtype, require_shape
 from varlen_sft.ops.sequences import sequences_from_position_ids
 from varlen_sft.types import Sequences
 
-__all__ = ["FLASH_KEYS", "Packed"]
+__all__ = ["FLASH_KEYS", "ROWS", "Packed", "require_that"]
 
 FLASH_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Keywords by which HF's FlashAttention learns of packs; all four or none."""
+
+ROWS = "rows"
+"""Our own keyword for the supervised rows, (S,) int64, padded with -1."""
 
 
 class Packed:
@@ -60,7 +64,8 @@ class Packed:
 
         In this order: our own ``packed=``; the four flash keywords; ``position_ids`` (1, T) that
         start anew somewhere, if there is neither mask nor cache. The last waits for the device
-        once. Position ids that are missing beside flash keywords come from the lengths.
+        once. Position ids that are missing beside flash keywords come from the lengths. Edges that
+        lie on a device are checked there, by an assertion that nothing waits for.
 
         Raises:
             TypeError: ``max_length_q`` is no Python int, or a tensor has a wrong dtype.
@@ -95,32 +100,55 @@ def _from_flash(kwargs: Mapping[str, Any]) -> Packed | None:
     missing = [key for key in FLASH_KEYS if key not in given]
     if missing:
         raise ValueError(f"{', '.join(given)} must come with {', '.join(missing)}")
-    edges = _edges(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"])
+    edges, total = _edges(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]), _total(kwargs)
+    longest = _longest(kwargs)
+    _require_cover(edges, longest, total)
+    count = torch.full((), edges.shape[0] - 1, dtype=torch.int32, device=edges.device)
+    position_ids = kwargs.get("position_ids")
+    ids = _positions(edges, total) if position_ids is None else _row("position_ids", position_ids)
+    return Packed(Sequences(edges, longest, count), ids, *_targets(kwargs))
+
+
+def _longest(kwargs: Mapping[str, Any]) -> int:
     for key in FLASH_KEYS[2:]:
         if not isinstance(kwargs[key], int):
             raise TypeError(f"{key} must be a Python int, got {type(kwargs[key]).__name__}")
     longest, longest_k = kwargs["max_length_q"], kwargs["max_length_k"]
     if longest != longest_k:
         raise ValueError(f"max_length_q and max_length_k must be equal, got {longest}, {longest_k}")
-    total = _total(kwargs)
-    if edges.device.type == "cpu" and int(edges[-1]) != total:
-        raise ValueError(f"cu_seq_lens_q must end at T={total}, got {edges.tolist()}")
-    count = torch.full((), edges.shape[0] - 1, dtype=torch.int32, device=edges.device)
-    position_ids = kwargs.get("position_ids")
-    ids = _positions(edges, total) if position_ids is None else _row("position_ids", position_ids)
-    return Packed(Sequences(edges, longest, count), ids, None, *_targets(kwargs))
+    return longest
+
+
+def _require_cover(edges: Tensor, longest: int, total: int) -> None:
+    """Edges rise from 0 to T, and no sequence is longer than it is said."""
+    lengths = edges.diff()
+    rises = (edges[0] == 0) & (edges[-1] == total) & (lengths >= 0).all()
+    require_that(rises, f"cu_seq_lens_q must rise from 0 to T={total}", edges.tolist)
+    covers = lengths.max() <= longest
+    message = "max_length_q must be the longest sequence of cu_seq_lens_q, or more"
+    require_that(covers, message, lambda: f"{longest} for {lengths.tolist()}")
+
+
+def require_that(fits: Tensor, message: str, got: Callable[[], object]) -> None:
+    """ValueError where the host knows ``fits``, () bool; elsewhere an assertion on the device, for
+    which nothing waits."""
+    if not _on_host(fits):
+        torch._assert_async(fits, message)
+    elif not fits:
+        raise ValueError(f"{message}, got {got()}")
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _edges(q: Tensor, k: Tensor) -> Tensor:
     for key, value in (("cu_seq_lens_q", q), ("cu_seq_lens_k", k)):
         require_dtype(key, value, (torch.int32,))
         require_shape(key, value, "B+1", None if value is q else q.shape[0])
-    message = "cu_seq_lens_q and cu_seq_lens_k must be equal"
-    if q.device.type == "cpu":
-        if not torch.equal(q, k):
-            raise ValueError(f"{message}, got {q.tolist()} and {k.tolist()}")
-    elif q is not k:
-        torch._assert_async((q == k).all(), message)  # no wait for the device
+    if q is not k:
+        message = "cu_seq_lens_q and cu_seq_lens_k must be equal"
+        require_that((q == k).all(), message, lambda: f"{q.tolist()} and {k.tolist()}")
     return q
 
 
@@ -141,12 +169,16 @@ def _from_position_ids(kwargs: Mapping[str, Any]) -> Packed | None:
     sequences = sequences_from_position_ids(position_ids[0])
     if sequences.cu_seqlens.shape[0] == 2:
         return None
-    return Packed(sequences, position_ids[0], None, *_targets(kwargs))
+    return Packed(sequences, position_ids[0], *_targets(kwargs))
 
 
-def _targets(kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+def _targets(kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Supervised rows, labels and weights, as far as they are there."""
     labels, weights = kwargs.get("shift_labels"), kwargs.get("shift_weights")
+    if torch.is_tensor(weights):
+        require_exact("shift_weights", weights)
     return (
+        kwargs.get(ROWS),
         None if labels is None else _row("shift_labels", labels),
         None if weights is None else _row("shift_weights", weights, (torch.float32,)),
     )

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from varlen_sft.integrations.families import Family, family_of
 from varlen_sft.integrations.hf_attention import AttentionName
-from varlen_sft.integrations.hf_rope import PackRotation
+from varlen_sft.integrations.hf_blocks import in_pack
+from varlen_sft.integrations.hf_rope import PackRotation, has_rope
 from varlen_sft.integrations.instance import forward_of, replace_forwards
 from varlen_sft.integrations.packed import Packed
 from varlen_sft.ops.last_layer import LastRows, last_rows, pick_rows
@@ -129,13 +130,20 @@ def _block_forward(family: Family, original: Callable[..., Any]) -> Callable[...
         last = kwargs.pop(KEYWORD, None)
         if last is None:
             return original(self, hidden_states, *args, **kwargs)
-        block = partial(_block, self, family, last, kwargs)
+        block = partial(_block_in_pack, self, family, last, kwargs)
         if self.gradient_checkpointing and self.training:  # as GradientCheckpointingLayer does
             return self._gradient_checkpointing_func(block, hidden_states)
         return block(hidden_states)
 
     forward.prunes = True  # type: ignore[attr-defined]
     return forward
+
+
+def _block_in_pack(
+    layer: Any, family: Family, last: LastRows, call: Mapping[str, Any], hidden: Tensor
+) -> Tensor:
+    with in_pack(layer, call):
+        return _block(layer, family, last, call, hidden)
 
 
 def _block(
@@ -187,9 +195,10 @@ def _attend(
     """(1, S, C) after the output projection."""
     runs, rows = last.runs, None if last.runs is None else last.runs.rows
     queried = hidden_states if rows is None else pick_rows(hidden_states[0], rows)[None]
-    q = _heads(attn, "q", queried, family)
-    k, v = (_heads(attn, kind, hidden_states, family) for kind in "kv")
-    if rotate is not None and getattr(attn, "use_rope", True):
+    q, k, v = (
+        _heads(attn, kind, queried if kind == "q" else hidden_states, family) for kind in "qkv"
+    )
+    if rotate is not None and has_rope(attn):
         q, k = _rotated(rotate, q, k, position_embeddings, rows)
     if runs is not None:
         kwargs |= {"q_sequences": runs.sequences, "k_sequences": runs.k_sequences}

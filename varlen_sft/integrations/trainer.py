@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varlen_sft.integrations.collator import FEATURE_KEYS, Collator
+from varlen_sft.integrations.exact import keep_exact
 from varlen_sft.integrations.trl_guard import loss_is_patched
 from varlen_sft.types import IGNORE_INDEX
 
@@ -80,6 +81,7 @@ class WeightedTrainerMixin:
                     f"transformers 5 has it; the classes are {type(self).__mro__}"
                 )
         super().__init__(*args, **kwargs)
+        keep_exact(self.accelerator)  # type: ignore[attr-defined]
         _require_weighted_loss(self)
         if isinstance(self.data_collator, Collator):
             self.data_collator = replace(self.data_collator, fractional_weights=True)

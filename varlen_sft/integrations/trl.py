@@ -9,6 +9,7 @@ import torch
 import trl
 from torch import Tensor, nn
 
+from varlen_sft.integrations.exact import keep_exact
 from varlen_sft.integrations.trainer import targets
 from varlen_sft.integrations.trl_guard import OUR_TAG, loss_is_patched
 from varlen_sft.types import IGNORE_INDEX, LossOutput
@@ -29,6 +30,10 @@ class SFTTrainer(trl.SFTTrainer):
     """
 
     _tag_names = ["trl", "sft", OUR_TAG]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        keep_exact(self.accelerator)
 
     def compute_loss(
         self,
@@ -90,7 +95,7 @@ class SFTTrainer(trl.SFTTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
 
-_LABELS = ("labels", "shift_labels", "shift_weights", "skip_logits")
+_LABELS = ("labels", "shift_labels", "shift_weights", "rows", "skip_logits")
 
 
 def _real_tokens(inputs: Mapping[str, Any]) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from varlen_sft.errors import InputError
 if TYPE_CHECKING:
     from varlen_sft.models.llama import LlamaForSFT
 
-__all__ = ["COMPANIONS", "INDEX", "WEIGHTS", "hf_parts", "load_weights"]
+__all__ = ["COMPANIONS", "INDEX", "WEIGHTS", "hf_parts", "load_weights", "weights_fingerprint"]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPANIONS = (
@@ -75,6 +77,37 @@ def load_weights(
             _set_parameter(model, name, joined.to(dtype or joined.dtype))
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """sha256 of the contents of the files that hold a checkpoint folder's weights.
+
+    Raises:
+        InputError: no weights, or a file that cannot be read.
+    """
+    paths = _weight_files(Path(folder))
+    if not paths:
+        raise InputError(f"neither {WEIGHTS} nor {INDEX}", file=folder)
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            digests = list(threads.map(_digest, paths))
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", file=error.filename) from None
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """As transformers looks for them, of which some models still have pickles."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return sorted({path for _, path in _read_index(folder / INDEX)})
+    return sorted(folder.glob("*.bin"))
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

@@ -69,11 +69,12 @@ def _check_norm(x: Tensor, weight: Tensor) -> None:
     require_shape("weight", weight, "C", x.shape[1])
 
 
-def silu_mul(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
-    """silu(gate) * up of a fused projection.
+def silu_mul(gate: Tensor, up: Tensor | None = None, *, impl: str | None = None) -> Tensor:
+    """silu(gate) * up.
 
     Args:
-        gate_up: (T, 2 I), the gate's columns first.
+        gate: (T, I); or (T, 2 I), a fused projection with the gate's columns first.
+        up: (T, I) of the same dtype; None: it is the second half of ``gate``.
         impl: None, "cpp" or "reference".
 
     Returns:
@@ -82,14 +83,21 @@ def silu_mul(gate_up: Tensor, *, impl: str | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: a dtype or shape that does not fit.
     """
-    require_dtype("gate_up", gate_up, FLOATS)
-    require_shape("gate_up", gate_up, "T 2*I", None, None)
-    if gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up must have an even number of columns, got {gate_up.shape[1]}")
-    if resolve("elementwise", impl, gate_up.device) == "reference":
-        return reference.silu_mul(gate_up)
-    require_last_axis_contiguous("gate_up", gate_up)
-    return torch.ops.varlen_sft.silu_mul_cpu(gate_up)
+    name = "gate_up" if up is None else "gate"
+    require_dtype(name, gate, FLOATS)
+    require_shape(name, gate, "T 2*I" if up is None else "T I", None, None)
+    if up is None and gate.shape[1] % 2:
+        raise ValueError(f"gate_up must have an even number of columns, got {gate.shape[1]}")
+    if up is not None:
+        require_dtype("up", up, (gate.dtype,))
+        require_shape("up", up, "T I", *gate.shape)
+    if resolve("elementwise", impl, gate.device) == "reference":
+        return reference.silu_mul(gate, up)
+    require_last_axis_contiguous(name, gate)
+    if up is None:
+        return torch.ops.varlen_sft.silu_mul_fused_cpu(gate)
+    require_last_axis_contiguous("up", up)
+    return torch.ops.varlen_sft.silu_mul_cpu(gate, up)
 
 
 def _wide(x: Tensor, *shape: int) -> Tensor:
@@ -177,25 +185,54 @@ _add_rms_norm.register_autograd(_add_norm_backward, setup_context=_add_norm_setu
 
 
 @torch.library.custom_op("varlen_sft::silu_mul_cpu", mutates_args=(), device_types="cpu")
-def _silu_mul(gate_up: Tensor) -> Tensor:
-    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-    torch.ops.varlen_sft_c.silu_mul_forward(out, gate_up)
+def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    out = gate.new_empty(gate.shape)
+    torch.ops.varlen_sft_c.silu_mul_forward(out, gate, up)
     return out
 
 
 @_silu_mul.register_fake
+def _(gate, up):
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("varlen_sft::silu_mul_cpu_backward", mutates_args=(), device_types="cpu")
+def _silu_mul_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    torch.ops.varlen_sft_c.silu_mul_backward(dgate, dup, dout, gate, up)
+    return dgate, dup
+
+
+@_silu_mul_backward.register_fake
+def _(dout, gate, up):
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+# Fused: one gradient for both halves, so that none has to be put together.
+@torch.library.custom_op("varlen_sft::silu_mul_fused_cpu", mutates_args=(), device_types="cpu")
+def _silu_mul_fused(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    out = gate_up.new_empty(gate.shape)
+    torch.ops.varlen_sft_c.silu_mul_forward(out, gate, up)
+    return out
+
+
+@_silu_mul_fused.register_fake
 def _(gate_up):
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-@torch.library.custom_op("varlen_sft::silu_mul_cpu_backward", mutates_args=(), device_types="cpu")
-def _silu_mul_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
+@torch.library.custom_op(
+    "varlen_sft::silu_mul_fused_cpu_backward", mutates_args=(), device_types="cpu"
+)
+def _silu_mul_fused_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
     dgate_up = gate_up.new_empty(gate_up.shape)
-    torch.ops.varlen_sft_c.silu_mul_backward(dgate_up, dout, gate_up)
+    halves = dgate_up.chunk(2, dim=-1), gate_up.chunk(2, dim=-1)
+    torch.ops.varlen_sft_c.silu_mul_backward(*halves[0], dout, *halves[1])
     return dgate_up
 
 
-@_silu_mul_backward.register_fake
+@_silu_mul_fused_backward.register_fake
 def _(dout, gate_up):
     return gate_up.new_empty(gate_up.shape)
 
@@ -208,4 +245,9 @@ def _silu_backward(ctx, dout: Tensor):
     return torch.ops.varlen_sft.silu_mul_cpu_backward(_dense(dout), *ctx.saved_tensors)
 
 
+def _silu_fused_backward(ctx, dout: Tensor):
+    return torch.ops.varlen_sft.silu_mul_fused_cpu_backward(_dense(dout), *ctx.saved_tensors)
+
+
 _silu_mul.register_autograd(_silu_backward, setup_context=_silu_setup)
+_silu_mul_fused.register_autograd(_silu_fused_backward, setup_context=_silu_setup)

@@ -23,8 +23,9 @@ from varlen_sft.tools import check_gradients as gradients
 from varlen_sft.tools import check_numbers as numbers
 from varlen_sft.tools.check_compare import Alone, Comparison, compare_routes, route_findings
 from varlen_sft.tools.check_finding import Finding, Subject
+from varlen_sft.tools.check_generate import generate, teacher_forcing
 from varlen_sft.tools.check_pack import check_pack, check_rope, check_weights
-from varlen_sft.tools.check_routes import HFAlone
+from varlen_sft.tools.check_routes import HFAlone, HFPacked, HFPadded, Result
 from varlen_sft.tools.check_setup import inspect_model
 from varlen_sft.tools.check_subject import hf_model, load_model, rotary_tables, vocab_size
 from varlen_sft.tools.environment import environment
@@ -169,39 +170,24 @@ def _numeric(
 ) -> list[Finding]:
     """What needs forward and backward passes; fills ``found`` on the way."""
 
-    def stage(begin: float, end: float, text: str) -> Callable[[float], None]:
-        bar(begin, text)
-        return lambda share: bar(begin + (end - begin) * share, text)
-
-    (low, high), (measured, routes) = hf, found
+    (low, _), (measured, routes) = hf, found
     # A bf16 gradient's error is mostly chance: more conversations make twice HF's a fair bound.
     part = 5 if low.dtype == torch.float32 else 2
     few = material.samples[: max(4, len(material.samples) // part)]
-    progress = stage(0.05, 0.4, "every position against HF alone")
-    numbers.compare_forward(measured, subject, low, high, material.samples, progress)
-    findings = numbers.forward_findings(measured)
     some = few[: max(4, len(few) * 2 // 5)]  # for each route; gradients of all in the first
-    text = "loss and gradients against HF alone"
-    alone = _alone(low, high, some, stage(0.4, 0.48, text))
-    rest = _alone(low, high, few[len(some) :], stage(0.48, 0.6, text))
-    total = Alone(alone.low + rest.low, alone.high + rest.high) if len(some) < len(few) else alone
-    findings += gradients.check_gradients(subject, total, few)
-    del rest, total  # gigabytes
-    stage(0.62, 0.62, "order, neighbours, pad tail, micro-batches")
-    findings += gradients.check_isolation(subject, few)
+    progress = _stage(bar, 0.05, 0.4, "every position against HF alone")
+    numbers.compare_forward(measured, subject, *hf, material.samples, progress)
+    findings = numbers.forward_findings(measured)
+    alone, judged = _gradients(subject, hf, few, len(some), bar)
+    bar(0.62, "order, neighbours, pad tail, micro-batches")
+    findings += judged + gradients.check_isolation(subject, few)
     findings.append(gradients.check_mean_loss(subject, few))
-    writer = low if low.dtype == torch.float32 else high
-    progress = stage(0.68, 0.78, "greedy tokens of HF's generate")
-    types = {table.rope_parameters["rope_type"] for table in rotary_tables(subject.model).values()}
-    mixed = bool(types & set(LENGTH_DEPENDENT_ROPE_TYPES))
-    # HF would give a prompt the frequencies of the longest beside it.
-    at_once = 1 if mixed else max(1, len(material.prompts))
-    written = numbers.generate(writer, material.prompts, options.generated, at_once, progress)
-    findings.append(
-        numbers.teacher_forcing(subject, low, written, options.generated, measured.tolerance)
-    )
+    mixed = _depends_on_length(subject)
+    progress = _stage(bar, 0.68, 0.78, "greedy tokens of HF's generate")
+    written = _written(hf, options, material, mixed, progress)
+    findings.append(teacher_forcing(subject, low, written, options.generated, measured.tolerance))
     limits = (measured.tolerance, measured.largest_logit)
-    progress = stage(0.8, 0.99, "every implementation, and HF padded and packed")
+    progress = _stage(bar, 0.8, 0.99, "every implementation, and HF padded and packed")
     routes += compare_routes(subject, low, alone, some, written, limits, progress)
     note = "its frequencies are those of the longest conversation" if mixed else ""
     findings += route_findings(routes, note)
@@ -209,9 +195,54 @@ def _numeric(
     return findings
 
 
+def _stage(bar: Bar, begin: float, end: float, text: str) -> Callable[[float], None]:
+    """Progress of a part of the whole."""
+    bar(begin, text)
+    return lambda share: bar(begin + (end - begin) * share, text)
+
+
+def _depends_on_length(subject: Subject) -> bool:
+    tables = rotary_tables(subject.model).values()
+    types = {table.rope_parameters["rope_type"] for table in tables}
+    return bool(types & set(LENGTH_DEPENDENT_ROPE_TYPES))
+
+
+def _written(
+    hf: tuple[Any, Any],
+    options: CheckOptions,
+    material: Material,
+    mixed: bool,
+    progress: Callable[[float], None],
+) -> list[tuple[np.ndarray, torch.Tensor]]:
+    writer = hf[0] if hf[0].dtype == torch.float32 else hf[1]
+    # HF would give a prompt the frequencies of the longest beside it.
+    at_once = 1 if mixed else max(1, len(material.prompts))
+    return generate(writer, material.prompts, options.generated, at_once, progress)
+
+
+def _gradients(
+    subject: Subject, hf: tuple[Any, Any], samples: Sequence[Sample], first: int, bar: Bar
+) -> tuple[Alone, list[Finding]]:
+    """What HF alone makes of the first conversations, and how all compare."""
+    text = "loss and gradients against HF alone"
+    alone = _alone(*hf, samples[:first], _stage(bar, 0.4, 0.48, text))
+    rest = _alone(*hf, samples[first:], _stage(bar, 0.48, 0.6, text))
+    total = alone
+    if first < len(samples):
+        total = Alone(alone.low + rest.low, alone.high + rest.high)
+    return alone, gradients.check_gradients(subject, total, samples, _batched(hf[0], samples))
+
+
 def _alone(low: Any, high: Any, samples: Sequence[Sample], progress: Callable) -> Alone:
     wide = HFAlone(high).run(samples, lambda share: progress(share * 0.7))
     return Alone(HFAlone(low).run(samples, lambda share: progress(0.7 + share * 0.3)), wide)
+
+
+def _batched(low: Any, samples: Sequence[Sample]) -> list[Result]:
+    """Hugging Face's own batches; in fp32 its model alone is measure enough."""
+    if low.dtype == torch.float32:
+        return []
+    return [route.run(samples) for route in (HFPadded(low), HFPacked(low))]
 
 
 def _result(

@@ -28,34 +28,33 @@ def edge_mistakes(view: BatchView, facts: ModelFacts) -> Iterator[Mistake]:
 def _positions(view: BatchView) -> Iterator[Mistake]:
     if view.known_by in ("rows", "position_ids") or view.mask is not None and view.mask.ndim == 4:
         return
-    name = "positions are not reset"
-    mend = (
-        "count from 0 in every sample: position_ids = torch.cat([torch.arange(n) for n in lengths])"
-    )
     if view.position_ids is None:
         if rows := view.packed_rows:
             span = view.of_row(rows[0])[1]
-            yield Mistake(
-                name, f"{view.place(span)} begins here, and there are no position_ids",
-                _running_on(view), mend, span.row, span.start,
-            )  # fmt: skip
+            what = f"{view.place(span)} begins here, and there are no position_ids"
+            yield _not_reset(view, what, span.row, span.start)
         return
     first = {span.row: int(view.position_ids[span.row, span.start]) for span in view.spans[::-1]}
     padding = _zero_runs(view)  # a mistake of its own
     for span in view.spans:
         got = view.position_ids[span.row, span.start : span.end]
         # A row may count from another number than 0, if all of its samples do.
-        differs = got != np.arange(len(got)) + first[span.row]
-        wrong = np.flatnonzero(differs & ~padding[span.row, span.start : span.end])
+        wanted = np.arange(len(got)) + first[span.row]
+        wrong = np.flatnonzero((got != wanted) & ~padding[span.row, span.start : span.end])
         if len(wrong):
             at = int(wrong[0])
-            yield Mistake(
-                name,
-                f"token {at} of {view.place(span)} has position {int(got[at])}, not "
-                f"{at + first[span.row]}",
-                _running_on(view), mend, span.row, span.start + at,
-            )  # fmt: skip
+            what = f"token {at} of {view.place(span)} has position {got[at]}, not {wanted[at]}"
+            yield _not_reset(view, what, span.row, span.start + at)
             return
+
+
+def _not_reset(view: BatchView, what: str, row: int, column: int) -> Mistake:
+    return Mistake(
+        "positions are not reset", what, _running_on(view),
+        "count from 0 in every sample: position_ids = torch.cat([torch.arange(n) for n in "
+        "lengths])",
+        row, column,
+    )  # fmt: skip
 
 
 def _running_on(view: BatchView) -> str:
@@ -157,7 +156,11 @@ def _flash(view: BatchView) -> Iterator[Mistake]:
         )  # fmt: skip
 
 
-def _flash_fault(view: BatchView) -> tuple[str, str] | None:
+Fault = tuple[str, str]
+"""What is wrong, and what it does."""
+
+
+def _flash_fault(view: BatchView) -> Fault | None:
     missing = [key for key in FLASH_KEYS if key not in view.flash]
     if missing:
         return (
@@ -165,34 +168,39 @@ def _flash_fault(view: BatchView) -> tuple[str, str] | None:
             f"{listed(view.flash)}",
             "transformers takes all four or ignores them, and guesses edges from position_ids",
         )
-    rows, length = view.input_ids.shape
-    edges = {key: array(view.flash[key]).reshape(-1) for key in FLASH_KEYS[:2]}
-    for key, value in edges.items():
-        if value[0] != 0 or value[-1] != rows * length or (np.diff(value) < 0).any():
-            return (
-                f"{key} must rise from 0 to {rows * length}, got {value.tolist()}",
-                "tokens outside of it are never written: their output is whatever was in memory",
-            )
-        if hasattr(view.flash[key], "dtype") and value.dtype != np.int32:  # a list has none
-            return (
-                f"{key} is {value.dtype}, not int32",
-                "the kernel refuses it, or reads it wrongly",
-            )
-        longest, said = int(np.diff(value).max()), int(array(view.flash[f"max_length_{key[-1]}"]))
-        if said < longest:
-            return (
-                f"max_length_{key[-1]} is {said}, the longest sample has {longest} tokens",
-                "rows past it are never computed",
-            )
+    for side in "qk":
+        fault = _fault_of_edges(view, side)
+        if fault is not None:
+            return fault
     if hasattr(view.flash["max_length_q"], "dtype"):
         return (
             "max_length_q is a tensor",
             "attention waits for the device in every layer, and FlashAttention 4 compiles anew",
         )
-    wrong = _wrong_edge(view, edges["cu_seq_lens_q"])
+    wrong = _wrong_edge(view, array(view.flash["cu_seq_lens_q"]).reshape(-1))
     if wrong is not None:
         where = f"column {wrong.start}, where {view.place(wrong)} begins"
         return f"cu_seq_lens_q has no edge at {where}", REACHES
+    return None
+
+
+def _fault_of_edges(view: BatchView, side: str) -> Fault | None:
+    """Of ``cu_seq_lens`` and ``max_length`` of q or k."""
+    key, total = f"cu_seq_lens_{side}", view.input_ids.size
+    edges = array(view.flash[key]).reshape(-1)
+    if edges[0] != 0 or edges[-1] != total or (np.diff(edges) < 0).any():
+        return (
+            f"{key} must rise from 0 to {total}, got {edges.tolist()}",
+            "tokens outside of it are never written: their output is whatever was in memory",
+        )
+    if hasattr(view.flash[key], "dtype") and edges.dtype != np.int32:  # a list has none
+        return f"{key} is {edges.dtype}, not int32", "the kernel refuses it, or reads it wrongly"
+    longest, said = int(np.diff(edges).max()), int(array(view.flash[f"max_length_{side}"]))
+    if said < longest:
+        return (
+            f"max_length_{side} is {said}, the longest sample has {longest} tokens",
+            "rows past it are never computed",
+        )
     return None
 
 

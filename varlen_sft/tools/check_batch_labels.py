@@ -126,32 +126,36 @@ def _stop_tokens(view: BatchView, facts: ModelFacts) -> Iterator[Mistake]:
     lost, certain = (told, True) if told else _lost(view, stops, trained)
     if not lost:
         return
-    row, column = lost[0]
     values = {int(view.input_ids[place]) for place in told}
     meant = stops or facts.stops or pads
     if told and (len(values) > 1 or (meant and not values & meant)):
-        yield Mistake(
-            "trained tokens have no label",
-            f"token {int(view.input_ids[row, column])} is trained by its sample and has no label "
-            f"({count(len(told), 'place')})",
-            "the model never learns what the samples say it should",
-            "carry each sample's labels into the batch as they are",
-            row,
-            column,
-        )
-        return
-    token = int(view.input_ids[row, column])
+        yield _without_label(view, told)
+    else:
+        yield _masked_by_value(view, lost, certain)
+
+
+def _without_label(view: BatchView, told: list[tuple[int, int]]) -> Mistake:
+    return Mistake(
+        "trained tokens have no label",
+        f"token {int(view.input_ids[told[0]])} is trained by its sample and has no label "
+        f"({count(len(told), 'place')})",
+        "the model never learns what the samples say it should",
+        "carry each sample's labels into the batch as they are",
+        *told[0],
+    )
+
+
+def _masked_by_value(view: BatchView, lost: list[tuple[int, int]], certain: bool) -> Mistake:
     doubt = "" if certain else ", if it is the text's own and no padding"
-    yield Mistake(
+    return Mistake(
         "pad = eos is masked by value",
-        f"token {token}, which ends what is trained here, has no label{doubt}; it has none in the "
-        f"whole batch, and ends {count(len(lost), 'answer')}",
+        f"token {int(view.input_ids[lost[0]])}, which ends what is trained here, has no label"
+        f"{doubt}; it has none in the whole batch, and ends {count(len(lost), 'answer')}",
         "the stop token is never trained: the model does not learn to stop, and goes on until its "
         "limit",
         "mask padding by length (labels[attention_mask == 0] = -100), not by "
         "input_ids == pad_token_id, or give the tokenizer a pad token of its own",
-        row,
-        column,
+        *lost[0],
         certain,
     )
 

@@ -127,6 +127,7 @@ class Series:
     field: str
     values: Sequence[float]
     look: str = "a"  # "a" solid, "b" dashed with hollow points, "limit" dotted without points
+    x: Sequence[float] | None = None  # of its values, where they are not the chart's
 
 
 @dataclass(frozen=True)
@@ -195,10 +196,13 @@ def line_chart(
         names: of the points, for their hover text; ``x_label`` and x where None.
     """
     values = [value for line in series for value in line.values]
-    across = _linear(x, whole=True)
+    places = [x if line.x is None else line.x for line in series]
+    across = _linear([place for own in places for place in own], whole=True)
     up = _logarithmic(values) if log else _linear(values, from_zero)
-    names = names or [f"{x_label} {value:g}" for value in x]
-    lines = [_line(line, x, names, across, up) for line in series]
+    lines = []
+    for line, own in zip(series, places, strict=True):
+        told = names if names and own is x else [f"{x_label} {place:.9g}" for place in own]
+        lines.append(_line(line, own, told, across, up))
     drawn = [*_grid(across, up, x_label), *lines, *_legend(series)]
     size = {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "class_": "chart"}
     image = tag("svg", *drawn, **size, role="img", aria_label=caption)

@@ -113,25 +113,8 @@ class Checkpointer:
         """
         self.wait()
         quiet()
-        tensors: dict[str, Tensor] = {}
-        documents: dict[str, Any] = {}
-        for name, part in state.items():
-            found, rest = parted(name, part.state_dict())
-            tensors |= found
-            if rest:
-                documents[f"{name}.json"] = rest
-        versions = {"varlen_sft": __version__, "torch": torch.__version__}
-        facts = {"step": step, "ranks": self._ranks.size, "objects": sorted(state)}
-        final = path_of(self.folder, step)
-        made = final.with_name(f"{final.name}.tmp")
-
-        def put() -> None:
-            publish(made, final)
-            prune(self.folder, self.keep, step)
-
-        writer = Writer(
-            made, self._ranks.rank, {**facts, "written_by": versions}, documents, put
-        )  # fmt: skip
+        tensors, documents = _taken_apart(state)
+        writer = self._writer(step, sorted(state), documents)
         staged = self._stage.copy(tensors)
         self._writing = in_thread(lambda: self._write(staged, writer))
 
@@ -183,26 +166,23 @@ class Checkpointer:
             The steps that were behind.
 
         Raises:
-            InputError: a damaged checkpoint, one of another version or another model, or one of
-                this folder that is not the newest: a later run would take that one.
+            InputError: a damaged checkpoint, one of another version, another model or other frozen
+                weights, or one of this folder that is not the newest: a later run would take that.
         """
         path = Path(path)
-        newer = self._ranks.on_first(lambda: _newer(self.folder, path))
-        if newer is not None:
-            raise InputError(f"{newer} is newer: remove it to go on from here", file=path)
-        if path != self._good:
-            wrong = self._ranks.first_of(damage(path, (self._ranks.rank, self._ranks.size)))
-            if wrong is not None:
-                raise InputError(f"is damaged: {wrong}", file=path)
+        self._require_good(path)
         index = read_index(path)
+        documents = {name: read_document(path, name) for name in state}
         live = {name: part.state_dict() for name, part in state.items()}
         wanted: dict[str, Tensor] = {}
-        for name, tree in live.items():
-            each_rank = isinstance(state[name], RandomState)
-            wanted |= require_same(name, parted(name, tree)[0], index, path, each_rank=each_rank)
+        for name, part in state.items():
+            if isinstance(part, ModelState):
+                part.require_base(documents[name], path)
+            tensors, each_rank = parted(name, live[name])[0], isinstance(part, RandomState)
+            wanted |= require_same(name, tensors, index, path, each_rank=each_rank)
         self._ranks.load(wanted, Reader(path, index))
         for name, part in state.items():
-            part.load_state_dict(joined(name, read_document(path, name), live[name], wanted))
+            part.load_state_dict(joined(name, documents[name], live[name], wanted))
         return index["step"]
 
     def close(self) -> None:
@@ -228,6 +208,27 @@ class Checkpointer:
         self._held.enter_context(locked(self.folder))
         clean(self.folder)
 
+    def _require_good(self, path: Path) -> None:
+        newer = self._ranks.on_first(lambda: _newer(self.folder, path))
+        if newer is not None:
+            raise InputError(f"{newer} is newer: remove it to go on from here", file=path)
+        if path != self._good:
+            wrong = self._ranks.first_of(damage(path, (self._ranks.rank, self._ranks.size)))
+            if wrong is not None:
+                raise InputError(f"is damaged: {wrong}", file=path)
+
+    def _writer(self, step: int, objects: list[str], documents: dict[str, Any]) -> Writer:
+        final = path_of(self.folder, step)
+        made = final.with_name(f"{final.name}.tmp")
+
+        def put() -> None:
+            publish(made, final)
+            prune(self.folder, self.keep, step)
+
+        versions = {"varlen_sft": __version__, "torch": torch.__version__}
+        facts = {"step": step, "ranks": self._ranks.size, "objects": objects}
+        return Writer(made, self._ranks.rank, {**facts, "written_by": versions}, documents, put)
+
     def _write(self, staged: Mapping[str, Staged], writer: Writer) -> None:
         try:
             self._ranks.save(staged, writer)
@@ -235,6 +236,18 @@ class Checkpointer:
             if self._ranks.rank == 0:  # a full disk has room for the log again
                 shutil.rmtree(writer.folder, ignore_errors=True)
             raise
+
+
+def _taken_apart(state: Mapping[str, Stateful]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors by their full names, and a document for each object that has something else."""
+    tensors: dict[str, Tensor] = {}
+    documents: dict[str, Any] = {}
+    for name, part in state.items():
+        found, rest = parted(name, part.state_dict())
+        tensors |= found
+        if rest:
+            documents[f"{name}.json"] = rest
+    return tensors, documents
 
 
 def _newer(folder: Path, path: Path) -> str | None:

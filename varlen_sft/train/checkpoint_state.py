@@ -6,12 +6,14 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from varlen_sft.errors import InputError
 
 __all__ = ["ModelState", "RandomState", "RunIds", "Stateful", "joined", "parted"]
 
@@ -28,20 +30,50 @@ class ModelState:
     """Parameters and persistent buffers of a model, sharded or not, by the model's own names.
 
     A matrix that two modules share is held once.
+
+    Args:
+        model: as it is trained.
+        base: fingerprint of the files that frozen parameters come from: such parameters are not
+            held then, but the fingerprint is. None holds all.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, base: str | None = None) -> None:
+        self.model, self.base = model, base
 
     def state_dict(self) -> dict[str, Any]:
-        kept = set(self.model.state_dict())
-        named = chain(self.model.named_parameters(), self.model.named_buffers())
-        return {_own_name(name): value.detach() for name, value in named if name in kept}
+        return dict(self._held()) | ({} if self.base is None else {"base": self.base})
+
+    def require_base(self, state: Mapping[str, Any], file: Path) -> None:
+        """Refuse to go on with other frozen weights than those of a state.
+
+        Args:
+            state: as it was saved; what is no tensor is enough.
+            file: it comes from, for errors.
+
+        Raises:
+            InputError: what is frozen came from other files.
+        """
+        there = state.get("base")
+        if None not in (self.base, there) and there != self.base:
+            raise InputError(
+                "holds only what is trained, and the model's own files are not those that the run "
+                f"began with: their fingerprint was {there}, is {self.base}",
+                file=file,
+            )
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in self.state_dict().items():
+        for name, value in self._held():
             value.copy_(state[name])
+
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
+        kept = set(self.model.state_dict())
+        for name, parameter in self.model.named_parameters():
+            if name in kept and (self.base is None or parameter.requires_grad):
+                yield _own_name(name), parameter.detach()
+        for name, buffer in self.model.named_buffers():
+            if name in kept:
+                yield _own_name(name), buffer.detach()
 
 
 class RandomState:

@@ -141,9 +141,24 @@ class LogConfig:
 
     every_s: float = 10.0
     """Seconds between lines where no terminal can renew one."""
+    tensorboard: bool = False
+    """Write the numbers to OUT/tensorboard, too. Needs the package tensorboard."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets them, too. Needs wandb; WANDB_MODE is obeyed."""
+    peak_tflops: float | None = None
+    """TFLOP/s of one device in model.dtype, for MFU. Not given: of a known GPU in bf16."""
+    samples: int = 4
+    """Held-out conversations that the model answers at each validation; 0 for none."""
+    sample_tokens: int = 128
+    """The most tokens of such an answer."""
 
     def __post_init__(self) -> None:
         require(self.every_s >= 0, "log.every_s must be 0 or more", self.every_s)
+        require(self.wandb != "", "log.wandb must name a project", self.wandb)
+        peak = self.peak_tflops
+        require(peak is None or 0 < peak < math.inf, "log.peak_tflops must be above 0", peak)
+        require(self.samples >= 0, "log.samples must be 0 or more", self.samples)
+        require(self.sample_tokens >= 1, "log.sample_tokens must be 1 or more", self.sample_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +190,8 @@ class TrainConfig:
     """Instead of data.train: what is trained from which step on."""
 
     def __post_init__(self) -> None:
-        if bool(self.data.train) == bool(self.stages):
+        made_up = self.data.mock and not self.data.train  # mock data need no source
+        if bool(self.data.train) == bool(self.stages) and not made_up:
             raise InputError("data.train or stages must be given, and not both")
         if self.stages:
             _check_stages(self)

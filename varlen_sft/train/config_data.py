@@ -51,6 +51,8 @@ class DataConfig:
     """What becomes of a row that does not fit a pack."""
     processes: int | None = None
     """That tokenise; as many as there are cores if not given."""
+    mock: bool = False
+    """Steps of made-up tokens from memory, as long as the real ones, to see what loading costs."""
 
     def __post_init__(self) -> None:
         require(self.processes is None or self.processes >= 1, "data.processes must be 1 or more",

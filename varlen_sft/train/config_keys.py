@@ -36,6 +36,7 @@ ALIASES = {
     "conversation_column_name": "data.conversation_column",
     "train_on_completions_only": "data.supervision_mode",
     "roles_to_train": "data.train_roles",
+    "mock_data": "data.mock",
     "sample_packing": "stream.packing",
     "packed": "stream.packing",
     "remove_cross_attention": "stream.isolate",
@@ -52,6 +53,8 @@ ALIASES = {
     "eval_steps": "run.valid_every",
     "save_steps": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
+    "use_tensorboard": "log.tensorboard",
+    "wandb_project": "log.wandb",
     "data_stages": "stages",
 }
 """Keys of nanotron, torchtune, axolotl and Hugging Face, and what they are here."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from varlen_sft.train.metrics import JsonLinesLog, LiveLine
 from varlen_sft.train.state import StepRecord
+from varlen_sft.train.trackers import Tracker, numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +40,11 @@ class Journal:
         self._share, self._every_s = share, every_s
         self._log: JsonLinesLog | None = None
         self._line: LiveLine | None = None
+        self._trackers: tuple[Tracker, ...] = ()
+
+    def track(self, trackers: Sequence[Tracker]) -> None:
+        """From now on these get the numbers, too; leaving the context closes them."""
+        self._trackers = tuple(trackers)
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -46,9 +52,11 @@ class Journal:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def event(self, name: str, **facts: Any) -> None:
-        """A line of the log."""
+        """A line of the log; trackers get the loss of a validation."""
         if self._log is not None:
             self._log.write({"event": name, **facts})
+        if name == "validation":
+            self._track(facts["step"], {"valid/loss": facts["loss"]})
 
     def step(self, record: StepRecord) -> None:
         """A step is done."""
@@ -56,6 +64,12 @@ class Journal:
             self._log.step(record)
         if self._line is not None:
             self._line.show(record)
+        if self._trackers:
+            self._track(record.step, numbers(record))
+
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, values)
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -73,7 +87,10 @@ class Journal:
             self._log = JsonLinesLog(self._path, self._header, append=True)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._log is not None:
             self._log.__exit__()
             self._log = None
+        trackers, self._trackers = self._trackers, ()
+        for tracker in trackers:
+            tracker.close(failed=kind is not None)

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from varlen_sft.data.stream_step import Step
 from varlen_sft.errors import RunError
+from varlen_sft.train.flops import Rates, StepWork
+from varlen_sft.train.memory import peak_memory
 from varlen_sft.train.optimizer import MasterAdamW
 from varlen_sft.train.options import TrainOptions
 from varlen_sft.train.parallel import Parallel, evaluate_steps
 from varlen_sft.train.state import StepRecord, TrainState
+from varlen_sft.train.sums import MICRO_BATCH, StepSums, host_sums, micro_batch_sums
 from varlen_sft.types import LossOutput
 
 __all__ = ["Ended", "Loop", "NotFinite", "evaluate_steps", "mean_loss"]
@@ -33,31 +36,15 @@ class NotFinite(RunError):
     """The loss or the gradient became NaN or infinite; weights are those before the step."""
 
 
-class _Sums(NamedTuple):
-    """Of a step, over all ranks and micro-batches; one vector in the one reduction."""
-
-    loss: float
-    weight: float
-    tokens: float
-    supervised: float
-    sequences: float
-    squares: float
-    seconds: float  # of the run, as rank 0 measured them when it came to the reduction
-    stop: float  # ranks that are asked to stop
-
-
-_COUNTS = ("tokens", "supervised", "sequences", "squares")
-
-
 class _Launched(NamedTuple):
     """A step whose work is done or under way, and whose numbers nobody has read."""
 
     number: int
     epoch: int
     lr: float
-    numbers: Tensor  # (9,) fp64 on the host, once ``ready``: _Sums and the gradient's norm
+    packs: int
+    numbers: Tensor  # (n,) fp64 on the host, once ``ready``: of StepSums, and the gradient's norm
     ready: torch.cuda.Event | None
-    stall_s: float
     step_time_s: float
 
 
@@ -70,6 +57,7 @@ class Loop:
         options: length of the run, learning rate, clipping.
         capacity: tokens that the packs of a step can hold, of all ranks, for ``fill``.
         state: where the run is; the loop keeps it up to date.
+        work: of the steps, for TFLOP/s; None: not known.
     """
 
     def __init__(
@@ -80,8 +68,9 @@ class Loop:
         *,
         capacity: int,
         state: TrainState | None = None,
+        work: StepWork | None = None,
     ) -> None:
-        self.state = state or TrainState()
+        self.state, self._work = state or TrainState(), work
         self._parallel, self._optimizer, self._options = parallel, optimizer, options
         self._world, self._capacity = parallel.world, capacity
         self._launched = self.state.step
@@ -150,7 +139,7 @@ class Loop:
     def _launch(self, step: Step, stop: bool, stall_s: float) -> _Launched:
         options = self._options
         lr = options.rate(options.progress(self._launched, self._agreed_seconds))
-        sums = self._reduced(step, self._backward(step), stop)
+        sums = self._reduced(step, self._backward(step), stop, stall_s)
         self._bad = self._bad | ~torch.isfinite(sums[0])
         norm = self._optimizer.step(lr, options.max_grad_norm, divisor=sums[1], skip=self._bad)
         self._bad = self._bad | ~torch.isfinite(norm)
@@ -159,30 +148,37 @@ class Loop:
         spent = time.perf_counter() - self._began
         self._began += spent
         self._seconds += spent
-        return _Launched(self._launched, step.epoch, lr, numbers, ready, stall_s, spent)
+        return _Launched(
+            self._launched, step.epoch, lr, len(step.packs), numbers, ready, spent
+        )  # fmt: skip
 
     def _backward(self, step: Step) -> Tensor:
-        """Leave the gradients of the step; (2,) fp64: this rank's loss and weight."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
-        for number, batch in enumerate(step.batches, 1):
-            last = number == len(step.batches)
+        """Leave the gradients of the step, and add up ``micro_batch_sums`` of this rank."""
+        sums = torch.zeros(MICRO_BATCH, dtype=torch.float64, device=self._world.device)
+        for number, given in enumerate(step.batches, 1):
+            last, batch = number == len(step.batches), self._parallel.here(given)
             with self._parallel.micro_batch(last=last):
                 output = self._parallel.loss(batch)
                 output.loss_sum.backward()
             if not last:
                 self._optimizer.sums.add(self._optimizer.parameters)
-            sums += torch.stack([output.loss_sum.detach(), output.weight_sum]).double()
+            sums += micro_batch_sums(output, batch)
         return sums
 
-    def _reduced(self, step: Step, sums: Tensor, stop: bool) -> Tensor:
-        """``_Sums`` of the step, (8,) fp64: the one reduction."""
-        first = self._world.is_first
-        seconds = self._seconds + time.perf_counter() - self._began if first else 0.0
-        totals = [sum(getattr(of, name) for of in step.counts) for name in _COUNTS]
-        known = torch.tensor([*totals, seconds, float(stop)], dtype=torch.float64)
+    def _reduced(self, step: Step, sums: Tensor, stop: bool, stall_s: float) -> Tensor:
+        """``StepSums`` of the step as numbers, (n,) fp64: the one reduction."""
+        here = self._world
+        known = host_sums(
+            step.counts,
+            seconds=self._seconds + time.perf_counter() - self._began if here.is_first else 0.0,
+            stop=stop,
+            own=(stall_s, peak_memory(here.device)),
+            rank=here.rank,
+            ranks=here.size,
+        )
         if sums.is_cuda:
             known = known.pin_memory()
-        return self._world.sum(torch.cat([sums, known.to(sums.device, non_blocking=True)]))
+        return here.sum(torch.cat([sums, known.to(sums.device, non_blocking=True)]))
 
     def _read(self, launched: _Launched | None, on_step: Callable[[StepRecord], None]) -> None:
         """Wait for the numbers of a step, and make them known."""
@@ -191,36 +187,51 @@ class Loop:
         if launched.ready is not None:
             self._world.wait(launched.ready)
         *values, norm = launched.numbers.tolist()
-        sums = _Sums(*values)
-        loss = sums.loss / (sums.weight or 1)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        sums = StepSums.of(values)
+        if not (math.isfinite(sums.mean) and math.isfinite(norm)):
             raise NotFinite(
-                f"step {launched.number}: the loss is {loss} and the gradient's norm {norm}; "
+                f"step {launched.number}: the loss is {sums.mean} and the gradient's norm {norm}; "
                 "weights are those before the step"
             )
         self._agreed_seconds, self._stopped = sums.seconds, self._stopped or sums.stop > 0
-        record = self._record(launched, sums, loss, norm)
+        record = self._record(launched, sums, norm)
         self.state.add(record)
         on_step(record)
 
-    def _record(self, launched: _Launched, sums: _Sums, loss: float, norm: float) -> StepRecord:
+    def _record(self, launched: _Launched, sums: StepSums, norm: float) -> StepRecord:
         per_step = (self._seconds - self._seconds_before) / (self._launched - self._steps_before)
         return StepRecord(
             step=launched.number,
-            loss=loss,
+            loss=sums.mean,
             grad_norm=norm,
             lr=launched.lr,
-            real_tokens=int(sums.tokens),
-            supervised_tokens=int(sums.supervised),
+            real_tokens=sums.tokens,
+            supervised_tokens=sums.supervised,
             fill=sums.tokens / self._capacity,
             step_time_s=launched.step_time_s,
             seconds_left=self._options.seconds_left(launched.number, sums.seconds, per_step),
             epoch=launched.epoch,
-            sequences=int(sums.sequences),
-            squares=int(sums.squares),
+            sequences=sums.sequences,
+            squares=sums.squares,
             weight=sums.weight,
             updated=sums.weight > 0,
-            stall_s=launched.stall_s,
+            stall_s=sums.stall_s,
+            role_loss=sums.role_loss,
+            stop_loss=sums.stop_loss,
+            peak_memory=sums.peak_memory,
+            **self._rates(launched, sums)._asdict(),
+        )
+
+    def _rates(self, launched: _Launched, sums: StepSums) -> Rates:
+        if self._work is None:
+            return Rates()
+        return self._work.rates(
+            launched.step_time_s,
+            tokens=sums.tokens,
+            squares=sums.squares,
+            supervised=sums.supervised,
+            pairs=sums.pairs,
+            packs=launched.packs,
         )
 
 

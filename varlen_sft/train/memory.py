@@ -1,10 +1,13 @@
-"""How the C library treats the memory that a step frees, which a CPU step pays for."""
+"""Memory of this process: its peak, and how the C library treats what a CPU step frees."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
 
-__all__ = ["keep_freed_memory"]
+import torch
+
+__all__ = ["keep_freed_memory", "peak_memory"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _LARGEST_MMAP_THRESHOLD = 2**30
@@ -25,3 +28,21 @@ def keep_freed_memory() -> bool:
         return False
     taken = mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     return bool(taken) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: tensors on a GPU, or all of it on a CPU.
+
+    Nothing waits for the device.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status", "rb") as status:
+            told = next(line for line in status if line.startswith(b"VmHWM:"))
+        return int(told.split()[1]) * 1024
+    except (OSError, StopIteration):  # not Linux
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -67,7 +67,7 @@ class Parallel:
 
     def loss(self, batch: PackedBatch) -> LossOutput:
         """Of a micro-batch, wherever it lies."""
-        return self._score(self.module, self._here(batch))
+        return self._score(self.module, self.here(batch))
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch: ranks exchange gradients in the last."""
@@ -83,14 +83,15 @@ class Parallel:
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> LossOutput:
         """The loss without gradients; under "fsdp" all ranks call it equally often."""
-        output = self._score(self.model, self._here(batch))
+        output = self._score(self.model, self.here(batch))
         if self.strategy == "fsdp" and self.world.size > 1:
             from torch.distributed.fsdp import FSDPModule
 
             cast(FSDPModule, self.model).reshard()  # else the root stays whole until a backward
         return output
 
-    def _here(self, batch: PackedBatch) -> PackedBatch:
+    def here(self, batch: PackedBatch) -> PackedBatch:
+        """The batch on this rank's device, without waiting for it."""
         if batch.input_ids.device == self.world.device:
             return batch
         return batch.to(self.world.device, non_blocking=True)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from varlen_sft.data.files import write_whole
 from varlen_sft.data.prepare import Progress
+from varlen_sft.data.store import Store
 from varlen_sft.errors import InputError
-from varlen_sft.train.checkpoint import Checkpointer, ModelState, RandomState
+from varlen_sft.train.checkpoint import Checkpointer, ModelState, RandomState, RunIds
 from varlen_sft.train.config import TrainConfig
 from varlen_sft.train.config_file import read_config
 from varlen_sft.train.config_out import changes, dump, flat
-from varlen_sft.train.distributed import RankLost, World, world
+from varlen_sft.train.distributed import World, world
+from varlen_sft.train.first import from_first, naming_disk_errors
+from varlen_sft.train.flops import work_of
+from varlen_sft.train.header import log_header
 from varlen_sft.train.journal import Journal
 from varlen_sft.train.loop import Ended, Loop, evaluate_steps
 from varlen_sft.train.memory import keep_freed_memory
+from varlen_sft.train.mock import run_mock
 from varlen_sft.train.parallel import Parallel, shard
+from varlen_sft.train.samples import Samples
 from varlen_sft.train.setup import (
     Sets,
     make_optimizer,
@@ -30,24 +36,26 @@ from varlen_sft.train.setup import (
     train_options,
     valid_steps,
 )
-from varlen_sft.train.setup_model import load_model, model_folder
+from varlen_sft.train.setup_model import base_fingerprint, load_model, model_folder
 from varlen_sft.train.signals import StopRequest, resume_command
 from varlen_sft.train.state import TrainState
+from varlen_sft.train.trackers import open_trackers, require_trackers
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch.distributed import Store
 
 __all__ = ["CHECKPOINTS", "CONFIG", "LOG", "MODEL", "run"]
 
 CHECKPOINTS, CONFIG, LOG, MODEL = "checkpoints", "config.yaml", "log.jsonl", "model"
 """What a run leaves in its folder."""
 
-_TELLING_S = 5.0
 Preparing = Callable[[], AbstractContextManager[Progress]]
+Report = Callable[[Path], Path]
 
 
-def run(config: TrainConfig, console: Console, preparing: Preparing) -> Ended:
+def run(
+    config: TrainConfig, console: Console, preparing: Preparing, report: Report | None = None
+) -> Ended:
     """Train, from the newest checkpoint of the run's folder if there is one.
 
     Every rank calls it. SIGTERM or Ctrl-C during training saves, and returns "asked".
@@ -55,24 +63,30 @@ def run(config: TrainConfig, console: Console, preparing: Preparing) -> Ended:
     Args:
         console: of rank 0; other ranks say nothing.
         preparing: opened while raw sources are prepared, gives what is told of it.
+        report: makes a page of the run's folder at the end, and gives its place.
 
     Raises:
         InputError: what the configuration names cannot be used; a checkpoint of another run.
         RunError: the loss is not finite, a rank is gone, a disk is full; checkpoints are intact.
     """
-    with world(config.dist.timeout_s) as here:
+    with world(config.dist.timeout_s) as here, naming_disk_errors(config.run.out):
+        require_trackers(config.log)
         folder = model_folder(config.model.name)
         sets = _prepared(config, folder, here, preparing)
+        if config.data.mock:
+            return run_mock(config, folder, sets, here, console)
         made = _Run(config, folder, sets, here, console)
         with _checkpointer(config) as checkpoints, made.journal as journal:
             made.resume(checkpoints)
             ended = made.train(checkpoints)
             if ended == "asked":
                 journal.say(f"saved after step {made.state.step}; to go on: {resume_command()}")
-                return ended
-            made.validate(made.state)
-            made.export(config.run.out / MODEL)
-            journal.say(f"written: {config.run.out / MODEL}")
+            else:
+                made.validate(made.state)
+                made.export(config.run.out / MODEL)
+                journal.say(f"written: {config.run.out / MODEL}")
+            if report is not None and here.is_first:
+                journal.say(f"written: {report(config.run.out)}")
             return ended
 
 
@@ -97,26 +111,30 @@ class _Run:
         self.config, self.here, self.folder = config, here, folder
         self.stream = open_stream(config, sets, folder, here.rank, here.size)
         self.valid = valid_steps(config, sets, here.rank, here.size)
+        held_out = {source: Store(sets[source]) for source in config.data.valid}
+        self.samples = Samples(config.log, held_out, folder, here)
         self.options = train_options(config.optim, total_steps(config, self.stream))
         self.model = load_model(config.model, folder, config.run.seed).to(here.device)
         if config.dist.strategy == "fsdp":
             shard(self.model, here)
         self.optimizer = make_optimizer(config.optim, self.model)
+        base = from_first(here, "base", partial(base_fingerprint, config.model, folder))
         self.parallel = Parallel(self.model, here, config.dist.strategy)
-        self.state = TrainState()
+        self.state, self.ids = TrainState(), RunIds()
         self.parts: dict[str, Any] = {
-            "model": ModelState(self.model),
+            "model": ModelState(self.model, base),
             "optimizer": self.optimizer,
             "stream": self.stream,
             "run": self.state,
             "random": RandomState(here.rank),
+            "ids": self.ids,
         }
         self.saved = 0  # the step of the newest checkpoint
         self._validated: int | None = None
         self.journal = Journal(
             console if here.is_first else None,
             config.run.out / LOG,
-            {"config": flat(config), "ranks": here.size, "steps": self.options.max_steps},
+            log_header(config, sets, here, self.options.max_steps),
             lambda record: self.options.progress(record.step, 0.0),
             config.log.every_s,
         )
@@ -139,6 +157,10 @@ class _Run:
             for change in _changed(out / CONFIG, self.config) if newest else ():
                 self.journal.say(f"  {change}")
             write_whole(out / CONFIG, dump(self.config).encode())
+            settings = flat(self.config)
+            self.journal.track(
+                open_trackers(self.config.log, out, settings, self.ids, self.saved)
+            )
 
     def train(self, checkpoints: Checkpointer) -> Ended:
         """Steps until the end, or until somebody asks; all of them are saved then."""
@@ -157,6 +179,7 @@ class _Run:
             self.options,
             capacity=of.packs_per_step * of.max_tokens,
             state=self.state,
+            work=work_of(self.config, self.folder, self.model, self.here),
         )
         with StopRequest() as asked, self.journal.live():
             ended = loop.run(
@@ -171,7 +194,7 @@ class _Run:
         return ended
 
     def validate(self, state: TrainState) -> None:
-        """Say and log the loss on what is held out, once per step."""
+        """Say and log the loss on what is held out, and answers to some of it, once per step."""
         if not self.valid or self._validated == state.step:
             return
         self._validated = state.step
@@ -180,50 +203,22 @@ class _Run:
         self.journal.say(f"step {state.step}: validation loss {loss:.4f}")
         took = time.perf_counter() - began
         self.journal.event("validation", step=state.step, loss=loss, seconds=took)
+        self.samples.tell(self.model, state.step, self.journal)
 
     def export(self, place: Path) -> None:
-        """The model for others, with tokenizer and template; rank 0 writes."""
+        """The model for others, with tokenizer and template; rank 0 writes, however long it takes."""
         self.model.save_pretrained(place, copy_from=self.folder)
-        self.here.barrier()
+        from_first(self.here, "exported", bool)
 
 
 def _prepared(config: TrainConfig, folder: Path, here: World, preparing: Preparing) -> Sets:
-    """Where the prepared sets are: rank 0 makes them, however long that takes."""
+    """Where the prepared sets are, which rank 0 makes."""
 
     def make() -> Sets:
         with preparing() as progress:
             return prepare_sets(config, folder, progress)
 
-    if here.store is None:
-        return make()
-    if here.is_first:
-        return _told_to_all(make, here.store, here.size - 1)
-    while not here.store.check(["prepared"]):
-        time.sleep(0.1)
-    told = json.loads(here.store.get("prepared"))
-    here.store.add("told", 1)
-    if "error" in told:
-        raise RankLost(f"rank 0 ended with {told['error']}")
-    return told["sets"]
-
-
-def _told_to_all(make: Callable[[], Sets], store: Store, others: int) -> Sets:
-    """What was made, or what went wrong, which others have to read: the store may end with us."""
-    told: dict[str, Any] = {"error": "nothing, it was stopped"}
-    try:
-        told = {"sets": make()}
-    except Exception as error:
-        told = {"error": f"{type(error).__name__}: {error}"}
-        raise
-    finally:
-        store.set("prepared", json.dumps(told))
-        until = time.monotonic() + _TELLING_S
-        while (heard := store.add("told", 0)) < others and time.monotonic() < until:
-            time.sleep(0.05)
-        if heard == others:  # the store may outlive this run, and serve the next
-            store.delete_key("prepared")
-            store.delete_key("told")
-    return told["sets"]
+    return from_first(here, "prepared", make)
 
 
 def _changed(file: Path, now: TrainConfig) -> list[str]:

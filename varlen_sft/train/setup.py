@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from varlen_sft.data.prepare_plan import PrepareOptions, make_plan, vocabulary_s
 from varlen_sft.data.sources import Source
 from varlen_sft.data.store import Store, is_prepared
 from varlen_sft.data.stream import OrderOptions, PackStream, Step, StreamOptions
+from varlen_sft.data.stream_sources import Source as StreamSource
 from varlen_sft.data.stream_step import Counts, idle
 from varlen_sft.errors import InputError
 from varlen_sft.train.config import OptimConfig, TrainConfig
@@ -41,6 +43,8 @@ Sets = dict[str, str]
 def prepare_sets(config: TrainConfig, folder: Path, progress: Progress = lambda *_: None) -> Sets:
     """Prepare all sources that are raw. One process does it; the others are told.
 
+    With ``data.mock`` nothing is made: sets that are there are found, others are left out.
+
     Args:
         folder: of the model, with its tokenizer.
         progress: see ``data.prepare``.
@@ -51,16 +55,25 @@ def prepare_sets(config: TrainConfig, folder: Path, progress: Progress = lambda 
         RunError: see ``data.prepare``.
     """
     stages = [source for stage in config.all_stages for source in stage.train]
-    return {
-        text: str(_prepared(text, config, folder, progress))
-        for text in dict.fromkeys([*stages, *config.data.valid])
+    valid = () if config.data.mock else config.data.valid
+    found = {
+        text: _prepared(text, config, folder, progress) for text in dict.fromkeys([*stages, *valid])
     }
+    return {text: str(prefix) for text, prefix in found.items() if prefix is not None}
 
 
 def open_stream(
-    config: TrainConfig, sets: Sets, folder: Path, rank: int = 0, ranks: int = 1
+    config: TrainConfig,
+    sets: Sets,
+    folder: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    source: Callable[[str], StreamSource] = Store,
 ) -> PackStream | StagedStream:
     """The steps of a run, without end, as this rank sees them.
+
+    Args:
+        source: opens a prepared set by its PREFIX.
 
     Raises:
         InputError: see ``PackStream``.
@@ -81,7 +94,7 @@ def open_stream(
             cost_a=cost_a,
             weights=stage.weights,
         )
-        stores = [Store(sets[source]) for source in stage.train]
+        stores = [source(sets[text]) for text in stage.train]
         kind = PackStream if config.stream.isolate else JoinedStream
         streams.append(kind(stores, order, options))
     if len(streams) == 1:
@@ -149,8 +162,8 @@ def _cost_a(folder: Path) -> int | None:
 # -------------------------------------------------------------------- sources
 
 
-def _prepared(text: str, config: TrainConfig, folder: Path, progress: Progress) -> Path:
-    """PREFIX of a source, which is made if it is not there."""
+def _prepared(text: str, config: TrainConfig, folder: Path, progress: Progress) -> Path | None:
+    """PREFIX of a source, which is made if it is not there; None where it must not be."""
     source = Source.parse(text)
     if source.mode is None and not source.hub and is_prepared(Path(source.name)):
         _check_masks(Store(source.name), config.data.masks)
@@ -160,8 +173,10 @@ def _prepared(text: str, config: TrainConfig, folder: Path, progress: Progress) 
     plan = make_plan(options, lambda done, total: progress("hash", done, total))
     prefix = cache / plan.fingerprint[:16]
     if not (is_prepared(prefix) and Store(prefix).fingerprint == plan.fingerprint):
+        if config.data.mock:
+            return None
         cache.mkdir(parents=True, exist_ok=True)
-        prepare(_options(text, config, folder, prefix), progress)
+        prepare(_options(text, config, folder, prefix), progress, plan)
     return prefix
 
 

@@ -12,14 +12,15 @@ from torch import nn
 
 from varlen_sft.data.batch import PackedBatch
 from varlen_sft.errors import InputError
+from varlen_sft.models.checkpoint import weights_fingerprint
 from varlen_sft.models.config import SUPPORTED_MODEL_TYPES, LlamaConfig
-from varlen_sft.models.export import copy_companions, full_weights
+from varlen_sft.models.export import MAX_SHARD_BYTES, copy_companions, full_weights
 from varlen_sft.models.llama import LlamaForSFT
 from varlen_sft.train.config import ModelConfig
 from varlen_sft.train.optimizer import freeze
 from varlen_sft.types import LossOutput
 
-__all__ = ["DTYPES", "PatchedForSFT", "load_model", "model_folder"]
+__all__ = ["DTYPES", "PatchedForSFT", "base_fingerprint", "load_model", "model_folder"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HUB = "hub:"
@@ -53,7 +54,8 @@ class PatchedForSFT(nn.Module):
         weights = full_weights(self.model)
         if weights:
             model: Any = self.model
-            model.save_pretrained(folder, state_dict=weights)
+            # transformers' own limit is 50 GB; PEFT has no use for one.
+            model.save_pretrained(folder, state_dict=weights, max_shard_size=MAX_SHARD_BYTES)
             copy_companions(copy_from, Path(folder))
 
 
@@ -101,6 +103,16 @@ def load_model(config: ModelConfig, folder: Path, seed: int = 0) -> LlamaForSFT 
     model = _own(config, folder, seed) if impl == "own" else _patched(config, folder, seed)
     freeze(model, config.frozen)
     return model.train()
+
+
+def base_fingerprint(config: ModelConfig, folder: Path) -> str | None:
+    """Of the files that frozen parameters come from; None if all are trained, or random.
+
+    A checkpoint need not hold what is in those files, as long as they stay what they were.
+    """
+    if config.random_init or not (config.lora_rank or config.frozen):
+        return None
+    return weights_fingerprint(folder)
 
 
 def _impl(config: ModelConfig, folder: Path) -> str:

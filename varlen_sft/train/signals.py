@@ -25,6 +25,9 @@ class StopRequest:
     ``Loop.run(stop=...)`` does. A second Ctrl-C, not right after the first, ends at once; a second
     SIGTERM changes nothing, as whoever is out of patience sends SIGKILL.
 
+    Args:
+        saves: whether the run saves before it ends, as it promises then.
+
     Attributes:
         signal: the one that came.
 
@@ -32,7 +35,8 @@ class StopRequest:
         ValueError: entered in another thread than the main one, which alone can get signals.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, saves: bool = True) -> None:
+        self._does = "finished and saved" if saves else "finished"
         self.signal: signal.Signals | None = None
         self._at = 0.0
         self._before: dict[signal.Signals, Any] = {}
@@ -58,7 +62,7 @@ class StopRequest:
             self.signal, self._at = signal.Signals(number), now
             again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
             # Not print: the signal may have come in the middle of one.
-            line = f"\n{self.signal.name}: the step is finished and saved, then the run ends{again}"
+            line = f"\n{self.signal.name}: the step is {self._does}, then the run ends{again}"
             os.write(2, f"{line}\n".encode())
         elif number == signal.SIGINT and now - self._at > _ECHO_S:
             raise KeyboardInterrupt

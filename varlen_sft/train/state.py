@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from varlen_sft.errors import InputError
@@ -29,7 +29,13 @@ class StepRecord:
     squares: int = 0  # sum of the squares of the sequences' lengths: what attention costs
     weight: float = 0.0  # sum of the weights of supervised tokens, what the loss is divided by
     updated: bool = True  # False: nothing in the step was supervised, no weight moved
-    stall_s: float = 0.0  # this rank's wait for its batches, part of step_time_s
+    stall_s: float = 0.0  # the longest wait of a rank for its batches, part of step_time_s
+    role_loss: dict[str, float] = field(default_factory=dict)  # of the targets of each role
+    stop_loss: float | None = None  # of the tokens that end an answer; None: none in the step
+    tflops: float | None = None  # TFLOP/s of all ranks, see flops.step_flops; None: not known
+    naive_tflops: float | None = None  # the same by flops.naive_flops
+    mfu: float | None = None  # share of the devices' peak that tflops is; None: peak not known
+    peak_memory: int = 0  # bytes so far, of the rank that took most; on a CPU of its process
 
     @property
     def real_tokens_per_s(self) -> float:
@@ -38,6 +44,11 @@ class StepRecord:
     @property
     def supervised_tokens_per_s(self) -> float:
         return self.supervised_tokens / self.step_time_s
+
+    @property
+    def stall(self) -> float:
+        """Share of the step in which its batches were waited for."""
+        return self.stall_s / self.step_time_s
 
 
 @dataclass(kw_only=True)

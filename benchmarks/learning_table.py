@@ -1,0 +1,93 @@
+"""What the learning benchmark shows of its results, and what was promised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["SECTIONS", "goals", "spark", "tables"]
+
+SECTIONS = ["scratch", "broken", "order", "finetune"]
+SHARE, SECONDS, PARAMETERS = 0.95, 15 * 60, 3_000_000  # promised of each run from scratch
+WORSE = ("mask one token late", "turns as samples", "stream.isolate: false")
+"""What has to show. RoPE sees only differences of positions, so that positions that run on change
+no score while attention stays inside the sample; and what a row after the end of an answer learns
+is asked for by nobody."""
+_BARS = "▁▂▃▄▅▆▇█"
+_TITLES = {
+    "scratch": "From random weights",
+    "broken": "Broken on purpose, seed 0",
+    "order": "Order of steps, seed 0",
+}
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """Of the sections that are there."""
+    made = [_runs(results, section) for section in _TITLES if section in results]
+    return made + ([_fine_tuned(results)] if "finetune" in results else [])
+
+
+def goals(results: Mapping[str, Any]) -> list[tuple[bool, str]]:
+    """(met, what was promised) of the sections that are there."""
+    found = []
+    scratch = runs_of(results, "scratch")
+    for name, run in scratch.items():
+        share, seconds = run["score"]["share"], run["seconds"]
+        met = share >= SHARE and seconds <= SECONDS and run["parameters"] <= PARAMETERS
+        found.append((met, f"{name}: {share:.1%} of {run['score']['of_dialogues']} dialogues in "
+                           f"{seconds / 60:.1f} min; at least {SHARE:.0%} in 15"))  # fmt: skip
+    broken = runs_of(results, "broken")
+    for name in WORSE:
+        if name in broken and "seed 0" in scratch:
+            here, whole = broken[name]["score"]["share"], scratch["seed 0"]["score"]["share"]
+            found.append((here < whole, f"{name}: {here:.1%} of dialogues, worse than {whole:.1%}"))
+    for name, run in runs_of(results, "finetune").items():
+        before, after = run["before"]["answers"], run["after"]["answers"]
+        text = f"{name}: {after} of {run['after']['of_answers']} answers, before {before}"
+        found.append((after > before, text))
+    return found
+
+
+def runs_of(results: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """By name; none if the section has not run."""
+    return results.get(section, {}).get("runs", {})
+
+
+def spark(values: Sequence[float]) -> str:
+    """A curve in one line, on a scale from 0 to its largest value."""
+    top = max(values, default=0) or 1
+    return "".join(_BARS[min(int(v / top * len(_BARS)), len(_BARS) - 1)] for v in values)
+
+
+def _runs(results: Mapping[str, Any], section: str) -> Table:
+    table = Table("run", title=_TITLES[section], title_justify="left")
+    for column in ("dialogues right", "answers", "loss, held out", "jumps", "min"):
+        table.add_column(column, justify="right")
+    table.add_column("training loss")
+    shown = runs_of(results, section)
+    first = {} if section == "scratch" else runs_of(results, "scratch")
+    whole = {f"as it is ({name})": run for name, run in first.items() if name == "seed 0"}
+    for name, run in {**whole, **shown}.items():
+        right = run["score"]
+        table.add_row(
+            name, f"{right['share']:.1%}", f"{right['answers'] / right['of_answers']:.1%}",
+            f"{run['held_out_loss']:.4f}", f"{run['jumps']:.4f}", f"{run['seconds'] / 60:.1f}",
+            spark(run["curve"][::2]),
+        )  # fmt: skip
+    return table
+
+
+def _fine_tuned(results: Mapping[str, Any]) -> Table:
+    table = Table("fine-tuned", "", title="From a trained model", title_justify="left")
+    for column in ("dialogues right", "answers", "steps"):
+        table.add_column(column, justify="right")
+    for name, run in runs_of(results, "finetune").items():
+        for when, steps in (("before", 0), ("after", run["steps"])):
+            right = run[when]
+            table.add_row(
+                name, when, f"{right['dialogues']} of {right['of_dialogues']}",
+                f"{right['answers']} of {right['of_answers']}", str(steps),
+            )  # fmt: skip
+    return table

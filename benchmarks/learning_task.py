@@ -1,0 +1,104 @@
+"""The task of the learning benchmark: dialogues, those held out, and a model that starts empty."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from varlen_sft.data.formats import Conversation
+from varlen_sft.tools.demo_data import write_conversations
+from varlen_sft.tools.register_machine import register_machine_conversations
+
+__all__ = ["SIZES", "Dialogues", "draw", "write_model", "write_rows"]
+
+PAD, END = "<pad>", "<|end|>"
+SPECIAL = (PAD, "<|system|>", "<|user|>", "<|assistant|>", END, "<unk>")
+CHARACTERS = ("\n", *map(chr, range(32, 127)))
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SIZES = {
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 32,
+}  # fmt: skip
+_HELD_OUT_SEED = 10**6  # no run's own
+
+
+class Dialogues(NamedTuple):
+    """What is trained, and what the model never sees."""
+
+    train: list[Conversation]
+    held_out: list[Conversation]
+
+
+def draw(count: int, held_out: int, seed: int, min_turns: int, max_turns: int) -> Dialogues:
+    """Different dialogues; those held out are the same for every seed.
+
+    Args:
+        count: to train on; those that come twice are dropped, and those whose users say what is held out.
+        held_out: how many.
+        seed: of the training dialogues.
+        min_turns, max_turns: user turns of a dialogue.
+    """
+    drawn = register_machine_conversations(3 * held_out, _HELD_OUT_SEED, min_turns, max_turns)
+    kept = list(dict.fromkeys(drawn))[:held_out]
+    said = {_users(dialogue) for dialogue in kept}
+    made = dict.fromkeys(register_machine_conversations(count, seed, min_turns, max_turns))
+    return Dialogues([c for c in made if _users(c) not in said], kept)
+
+
+def _users(dialogue: Conversation) -> tuple[str, ...]:
+    """What the users say decides the answers; a system prompt makes no new dialogue."""
+    return tuple(m.content for m in dialogue.messages if m.role == "user")
+
+
+def write_rows(path: Path, rows: Sequence[Conversation]) -> str:
+    """JSON lines; the path as the configuration names a source."""
+    write_conversations(path, rows)
+    return str(path)
+
+
+def write_model(folder: Path, sizes: Mapping[str, int] = SIZES) -> Path:
+    """config.json of a small Llama and its tokenizer, without weights: one token a character."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "tokenizer.json": _tokenizer(),
+        "tokenizer_config.json": json.dumps(_TOKENIZER_CONFIG),
+        "config.json": json.dumps(_config(sizes)),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+_TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "eos_token": END,
+    "unk_token": "<unk>", "clean_up_tokenization_spaces": False, "chat_template": TEMPLATE,
+}  # fmt: skip
+
+
+def _tokenizer() -> str:
+    """tokenizer.json: special tokens, and each printable ASCII character."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *CHARACTERS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
+    return tokenizer.to_str()
+
+
+def _config(sizes: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+        "vocab_size": len(SPECIAL) + len(CHARACTERS), "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "bos_token_id": None, "pad_token_id": SPECIAL.index(PAD),
+        "eos_token_id": SPECIAL.index(END), **sizes,
+    }  # fmt: skip

