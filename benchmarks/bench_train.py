@@ -1,4 +1,4 @@
-"""Training: whole steps beside other trainers, the loop's own cost, ranks, checkpoints, starting."""
+"""Training: whole steps beside other trainers, the loop's cost, ranks, checkpoints, starting."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ Five tables, each measured in a process of its own, on SmolLM2-135M in bf16:
               AdamW, beside transformers' Trainer (padded, micro-batches of 4) and TRL packed with
               the fused AdamW that Trainer makes. Batches of those two are collated beforehand,
               ours in the step. All have the same first loss, or nothing is timed
-  loop        where the time of Loop's steps goes, with stream, accumulation, log and live line;
-              adding up gradients in fp32 over micro-batches counts as overhead here
+  loop        where the time of Loop's steps goes, with stream, accumulation, log and live line.
+              Adding up gradients over micro-batches is part of torch's backward, in bf16; ours,
+              in fp32, is a row of its own, and counts as backward, too
   ranks       two ranks of one core each, by ddp and by fsdp, beside one rank of one core on the
               same steps with the same number of micro-batches; and two runs that know nothing of
-              each other, which no exchange of gradients can beat
+              each other (in the first round alone): what an exchange of gradients cannot beat
   checkpoint  what a save holds up, and what it costs the next step (bench_checkpoint.py has more)
   start       import varlen_sft, and varlen-sft --help
 
@@ -46,7 +47,7 @@ Rounds are interleaved, figures are medians. Real tokens count no padding.
 """
 EPILOG = """\
 examples:
-  python benchmarks/bench_train.py                                  all, about 16 minutes
+  python benchmarks/bench_train.py                                  all, about 18 minutes
   python benchmarks/bench_train.py --sections loop start            two of them; no file is written
   python benchmarks/bench_train.py --model FOLDER --tokens 4096     your own Llama
 """
@@ -111,7 +112,7 @@ SECTIONS = {
     ),
     "ranks": Section(
         lambda asked: train_ranks.measure_ranks(*asked),
-        train_ranks.table_of_ranks, train_ranks.goals_of_ranks, 8192 + 1024,
+        train_ranks.table_of_ranks, train_ranks.goals_of_ranks, 16384,
     ),
     "checkpoint": Section(checkpoint, table_of_checkpoint, goals_of_checkpoint, 8192),
     "start": Section(

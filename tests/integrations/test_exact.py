@@ -13,7 +13,9 @@ from varlen_sft import patch
 from varlen_sft.integrations import keep_exact
 from varlen_sft.integrations.packed import Packed
 
-REMEDY = r"must not be rounded, got bfloat16: .*keep_exact\(accelerator\).*cast_forward_inputs=False"
+REMEDY = (
+    r"must not be rounded, got bfloat16: .*keep_exact\(accelerator\).*cast_forward_inputs=False"
+)
 
 
 @pytest.mark.parametrize("loss", [False, True])

@@ -6,18 +6,20 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 from statistics import median
 
 import numpy as np
 import pytest
+import torch
 
 from tests.data.prepared import made
 from tests.tools.test_report import Page
 from tests.train.setups import small_run
 from varlen_sft import cli
-from varlen_sft.data.batch import collate
+from varlen_sft.data.batch import PackedBatch, collate
 from varlen_sft.data.costs import ModelSizes
 from varlen_sft.data.masks import MaskOptions
 from varlen_sft.data.sample import Sample
@@ -29,6 +31,7 @@ from varlen_sft.tools.ablation_show import sparkline
 from varlen_sft.train.config_out import dump
 from varlen_sft.train.distributed import World
 from varlen_sft.train.flops import naive_flops, step_flops
+from varlen_sft.train.loop import mean_loss
 from varlen_sft.train.setup import open_stream, prepare_sets, valid_steps
 from varlen_sft.train.stages import as_one_document
 
@@ -82,17 +85,19 @@ def test_first_losses_are_those_of_the_folders_weights(found, place, sets):
     step = next(iter(open_stream(small_run(place), sets, place / "llama")))
     one_document = [as_one_document(batch) for batch in step.batches]
     for arm, batches in zip(found["arms"], (step.batches, one_document), strict=False):
-        outputs = [model(batch) for batch in batches]
-        loss = sum(float(o.loss_sum) for o in outputs) / sum(float(o.weight_sum) for o in outputs)
-        assert math.isclose(arm["steps"][0]["loss"], loss, rel_tol=1e-6)
+        assert math.isclose(arm["steps"][0]["loss"], mean_of(model, batches), rel_tol=1e-6)
     store = Store(sets[f"{place}/chats.jsonl"])
     whole = [every_token(store.sample(i)) for ids in step.samples for i in ids.tolist()]
-    output, logged = model(collate(whole)), found["arms"][2]["steps"][0]
-    mean = float(output.loss_sum) / float(output.weight_sum)
-    assert math.isclose(logged["loss"], mean, rel_tol=1e-5)
+    logged = found["arms"][2]["steps"][0]
+    assert math.isclose(logged["loss"], mean_of(model, [collate(whole)]), rel_tol=1e-5)
     assert math.isclose(
         logged["role_loss"]["assistant"], found["arms"][0]["steps"][0]["loss"], rel_tol=1e-5
     )
+
+
+@torch.no_grad()
+def mean_of(model: LlamaForSFT, batches: Iterable[PackedBatch]) -> float:
+    return float(mean_loss([model(batch) for batch in batches]))
 
 
 def every_token(sample: Sample) -> Sample:
@@ -102,8 +107,8 @@ def every_token(sample: Sample) -> Sample:
 def test_all_are_asked_for_the_same_held_out_answers(found, place, sets):
     assert found["held_out"] == "data.valid"
     model = LlamaForSFT.from_pretrained(place / "llama")
-    outputs = [model(b) for step in valid_steps(small_run(place), sets) for b in step.batches]
-    before = sum(float(o.loss_sum) for o in outputs) / sum(float(o.weight_sum) for o in outputs)
+    steps = valid_steps(small_run(place), sets)
+    before = mean_of(model, [batch for step in steps for batch in step.batches])
     for arm in found["arms"]:
         assert [point["step"] for point in arm["validation"]] == [0, 2, 4, 6]
         assert math.isclose(arm["validation"][0]["loss"], before, rel_tol=1e-6)
@@ -151,7 +156,7 @@ def test_the_page_shows_the_same_without_paths(found, place):
     drawn = sorted(page.values("steps"))
     losses = sorted(step["loss"] for arm in found["arms"] for step in arm["steps"])
     assert drawn == losses and len(page.values("validation")) == 16
-    assert str(place) not in html and "optim.lr" in html and "http" not in html
+    assert str(place) not in html and "optim.lr" in html and "http:" not in html
 
 
 # ---------------------------------------------------------------------- parts

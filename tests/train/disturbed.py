@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,14 @@ from varlen_sft.train.run import run
 
 STEP = 4
 """The step in which something breaks; there is a checkpoint after every second."""
-ARGUMENTS = ("--strategy", "ddp", "--checkpoint.every", "2", "--lr", "0.01", "--steps", "8",
-             "--timeout_s", "30", "--valid", "[]")  # fmt: skip
+OPTIONS = {"--strategy": "ddp", "--checkpoint.every": "2", "--lr": "0.01", "--steps": "8",
+           "--timeout_s": "30", "--valid": "[]"}  # fmt: skip
 
 
 def train(folder: Path, *arguments: str) -> str:
-    """A run of ``small_run``; how it ended."""
-    config = small_run(folder, *ARGUMENTS, *arguments)
+    """A run of ``small_run``, with arguments in pairs over ``OPTIONS``; how it ended."""
+    options = OPTIONS | dict(zip(arguments[::2], arguments[1::2], strict=True))
+    config = small_run(folder, *chain(*options.items()))
     with open(os.devnull, "w") as nowhere:
         return run(config, Console(file=nowhere), lambda: nullcontext(lambda *_: None))
 
@@ -47,44 +51,48 @@ def broken(what: Callable[[Path], None], rank: int, folder: Path, *arguments: st
     return train(folder, *arguments)
 
 
-def at_the_step(act: Callable[[], Any]) -> None:
-    """Do something before the first micro-batch of ``STEP``."""
+def at_the_step(folder: Path, act: Callable[[], Any]) -> None:
+    """Do something before the first micro-batch of ``STEP``, when there is a checkpoint."""
     loss, calls = Parallel.loss, []
 
     def acting(parallel: Parallel, batch: Any) -> Any:
         calls.append(None)
-        changed = act() if len(calls) == 2 * STEP - 1 else None  # two micro-batches a step
+        changed = None
+        if len(calls) == 2 * STEP - 1:  # two micro-batches a step
+            while not kept(folder):
+                time.sleep(0.01)
+            changed = act()
         output = loss(parallel, batch)
         return changed(output) if callable(changed) else output
 
     Parallel.loss = acting
 
 
-def loss_is_nan(_: Path) -> None:
-    at_the_step(lambda: lambda output: output._replace(loss_sum=output.loss_sum * float("nan")))
+def loss_is_nan(folder: Path) -> None:
+    at_the_step(folder, lambda: lambda made: made._replace(loss_sum=made.loss_sum * math.nan))
 
 
-def rank_dies(_: Path) -> None:
-    at_the_step(die)
+def rank_dies(folder: Path) -> None:
+    at_the_step(folder, die)
 
 
-def data_cannot_be_read(_: Path) -> None:
+def data_cannot_be_read(folder: Path) -> None:
     """What a file system says that has lost a disk."""
 
     def gone(at: store.Store, i: int) -> None:
         raise OSError(5, "Input/output error", f"{at.prefix}.bin")
 
-    at_the_step(lambda: setattr(store.Store, "sample", gone))
+    at_the_step(folder, lambda: setattr(store.Store, "sample", gone))
 
 
-def data_thread_dies(_: Path) -> None:
+def data_thread_dies(folder: Path) -> None:
     """It does not get so far as to hand over an error."""
     from varlen_sft.data import prefetch
 
     def none() -> None:
         raise MemoryError("no room for a future")
 
-    at_the_step(lambda: setattr(prefetch, "Future", none))
+    at_the_step(folder, lambda: setattr(prefetch, "Future", none))
 
 
 def preparing_process_dies(_: Path) -> None:
@@ -103,8 +111,8 @@ def no_room(size: int = 50_000) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def no_room_for_checkpoints(_: Path) -> None:
-    at_the_step(no_room)
+def no_room_for_checkpoints(folder: Path) -> None:
+    at_the_step(folder, no_room)
 
 
 def no_room_for_the_model(_: Path) -> None:
@@ -127,7 +135,7 @@ def no_room_for_the_log(folder: Path) -> None:
                 with open("/dev/full", "a") as nothing:
                     os.dup2(nothing.fileno(), int(number))
 
-    at_the_step(full)
+    at_the_step(folder, full)
 
 
 def steps(folder: Path) -> dict[int, tuple[float, float]]:
@@ -152,5 +160,3 @@ def kept(folder: Path) -> list[int]:
     """Steps of the checkpoints, which is what a run's name of a folder says."""
     found = (folder / "out" / "checkpoints").glob("step-" + "[0-9]" * 8)
     return sorted(int(path.name.removeprefix("step-")) for path in found)
-
-

@@ -1,4 +1,4 @@
-"""Checkpoints of runs that train a part of a model hold that part, and know the rest by its hash."""
+"""Checkpoints of runs that train a part of a model hold it, and know the rest by its hash."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from varlen_sft.train.flops import (
 )
 from varlen_sft.train.optimizer import freeze
 
-V, C, I, L, H, K, D = 50, 12, 20, 3, 4, 2, 6
+V, C, I, L, H, K, D = 50, 12, 20, 3, 4, 2, 6  # noqa: E741
 SIZES = ModelSizes(
     vocab_size=V, hidden_size=C, intermediate_size=I, num_layers=L, num_heads=H, num_kv_heads=K,
     head_dim=D,
@@ -123,6 +123,7 @@ def test_what_is_trained_is_read_from_the_model():
     assert Trained.of(untied) == Trained(weights=0.0, reached=0.0, head=True)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's
 def test_lora_trains_its_own_matrices_alone():
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")

@@ -33,8 +33,7 @@ ROWS: list[dict[str, Any]] = [
      "chat_template_kwargs": {"mood": "hello\n\n"}},
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
                   {"role": "user", "content": "user assistant"},
-                  {"role": "assistant", "content": "\U0001f916 world"},
-                  {"role": "user", "content": "never answered"}]},
+                  {"role": "assistant", "content": "\U0001f916 world"}]},
 ]  # fmt: skip
 
 
@@ -214,9 +213,8 @@ def sharded(folder: Path, *options: str) -> str:
 
 
 def test_two_ranks_ask_together_and_rank_0_tells(tmp_path):
-    pytest.importorskip("peft")
     small_run(tmp_path)  # writes the files
-    first, second = on_ranks(2, sharded, tmp_path, "--lora_rank", "2", "--samples", "3")
+    first, second = on_ranks(2, sharded, tmp_path, "--samples", "3")
     assert first.count("held-out answers word for word") == 1 and second == ""
     [told] = events(tmp_path, "samples")
     answers = [row["messages"][1]["content"] + "<|im_end|>" for row in chats(3)]

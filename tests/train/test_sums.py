@@ -27,6 +27,12 @@ def step_sums(device: list[torch.Tensor], host: list[torch.Tensor]) -> StepSums:
     return StepSums.of(torch.cat([sum(device), sum(host)]).tolist())
 
 
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
 def host(rank: int = 0, ranks: int = 1, **changes) -> torch.Tensor:
     given = {"seconds": 0.0, "stop": False, "own": (0.0, 0.0), **changes}
     return host_sums(given.pop("counts", [Counts()]), rank=rank, ranks=ranks, **given)

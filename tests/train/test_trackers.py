@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import signal
 import sys
-from dataclasses import replace
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.train.setups import small_run
 from tests.train.test_metrics import FULL, RECORD
-from tests.train.test_run import log, numbers as steps_of, stop_after, train
+from tests.train.test_run import log, stop_after, train
+from tests.train.test_run import numbers as steps_of
 from varlen_sft.errors import InputError
 from varlen_sft.train.checkpoint_state import RunIds
 from varlen_sft.train.config import LogConfig
@@ -35,17 +37,17 @@ def test_a_tracker_gets_what_is_known_by_name():
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_missing_package_is_named_before_anything_is_done(package, tmp_path, monkeypatch):
-    (tmp_path / package).mkdir()  # W&B leaves such folders, which Python takes for a package
-    here = [name for name in sys.path if not (Path(name) / package / "__init__.py").exists()]
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *here])
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_missing_package_is_named_before_anything_is_done(package, folder, tmp_path, monkeypatch):
+    place = tmp_path / "started in"
+    (place / (package if folder else "other")).mkdir(parents=True)  # as W&B leaves them
+    found = PathFinder.find_spec(package, [str(place)])
+    assert (found is not None) == folder  # Python takes any folder for a package
+    everywhere = importlib.util.find_spec
+    only_here = lambda name: found if name == package else everywhere(name)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", only_here)
     value = "true" if package == "tensorboard" else "project"
-    config = small_run(tmp_path, f"--log.{package}", value)
     named = f"log.{package} needs the package {package}, which is not installed: pip install"
-    with pytest.raises(InputError, match=named):
-        require_trackers(config.log)
     with pytest.raises(InputError, match=named):
         train(tmp_path, f"--log.{package}", value)
     assert not (tmp_path / "out").exists()
@@ -74,20 +76,6 @@ def test_tensorboard_draws_steps_that_a_run_did_twice_once(tmp_path):
     again.log(3, {"train/loss": 30.0})
     again.close(failed=False)
     assert scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-
-
-def test_a_run_writes_tensorboard_what_its_log_has(tmp_path):
-    pytest.importorskip("tensorboard")
-    ended, _ = train(tmp_path, "--tensorboard", "true", "--valid_every", "4", "--samples", "0")
-    assert ended == "finished"
-    drawn, steps = scalars(tmp_path / "out" / "tensorboard"), log(tmp_path)
-    losses = [(step["step"], pytest.approx(step["loss"], rel=1e-6)) for step in steps]
-    assert drawn["train/loss"] == losses and len(losses) == 6
-    assistant = [(s["step"], pytest.approx(s["role_loss"]["assistant"], rel=1e-6)) for s in steps]
-    assert drawn["train/loss_assistant"] == assistant
-    valid = [(v["step"], pytest.approx(v["loss"], rel=1e-6)) for v in log(tmp_path, "validation")]
-    assert drawn["valid/loss"] == valid and [step for step, _ in valid] == [4, 6]
-    assert "train/loss_stop" in drawn and "speed/tflops" in drawn and "speed/mfu" not in drawn
 
 
 # ------------------------------------------------------------------------- W&B
@@ -131,11 +119,11 @@ def wandb(monkeypatch) -> FakeWandb:
 def test_a_wandb_run_that_goes_on_is_the_same_run(wandb, tmp_path, monkeypatch):
     arguments = ("--wandb", "chats", "--samples", "0", "--valid_every", "4", "--every", "4")
     with monkeypatch.context() as patched:
-        import signal
-
         stop_after(patched, 2, signal.SIGTERM)
         assert train(tmp_path, *arguments)[0] == "asked"
     done = len(log(tmp_path))
+    newest = max((tmp_path / "out" / "checkpoints").glob("step-*"))
+    assert json.loads((newest / "ids.json").read_text()) == {"wandb": "run-1"}
     assert train(tmp_path, *arguments)[0] == "finished"
     first, second = wandb.runs
     assert first.given["id"] is None and second.given["id"] == first.id == "run-1"
@@ -152,14 +140,24 @@ def test_a_wandb_run_that_goes_on_is_the_same_run(wandb, tmp_path, monkeypatch):
     assert valid == [(v["step"], v["loss"]) for v in log(tmp_path, "validation")]
 
 
-def test_a_tracked_run_trains_the_same_bits(wandb, tmp_path):
+def test_trackers_get_what_the_log_has_and_change_no_bit(wandb, tmp_path):
+    pytest.importorskip("tensorboard")
     plain, tracked = tmp_path / "plain", tmp_path / "tracked"
-    for folder, options in ((plain, ()), (tracked, ("--wandb", "chats"))):
+    options = ("--samples", "0", "--valid_every", "4")
+    for folder, more in ((plain, ()), (tracked, ("--wandb", "chats", "--tensorboard", "true"))):
         folder.mkdir()
-        assert train(folder, "--samples", "0", *options)[0] == "finished"
+        assert train(folder, *options, *more)[0] == "finished"
     assert steps_of(plain) == steps_of(tracked)
     model = Path("out") / "model" / "model.safetensors"
     assert (plain / model).read_bytes() == (tracked / model).read_bytes()
+    drawn, steps = scalars(tracked / "out" / "tensorboard"), log(tracked)
+    losses = [(step["step"], pytest.approx(step["loss"], rel=1e-6)) for step in steps]  # fp32
+    assert drawn["train/loss"] == losses and len(losses) == 6
+    assistant = [(s["step"], pytest.approx(s["role_loss"]["assistant"], rel=1e-6)) for s in steps]
+    assert drawn["train/loss_assistant"] == assistant
+    valid = [(v["step"], pytest.approx(v["loss"], rel=1e-6)) for v in log(tracked, "validation")]
+    assert drawn["valid/loss"] == valid and [step for step, _ in valid] == [4, 6]
+    assert "train/loss_stop" in drawn and "speed/tflops" in drawn and "speed/mfu" not in drawn
 
 
 def test_wandb_hears_that_a_run_failed_and_its_refusal_is_told(wandb, tmp_path, monkeypatch):
@@ -172,15 +170,7 @@ def test_wandb_hears_that_a_run_failed_and_its_refusal_is_told(wandb, tmp_path, 
             train(tmp_path, "--wandb", "chats")
     assert [run.ended for run in wandb.runs] == [1]
     wandb.refuses = "No API key configured."
-    with pytest.raises(InputError, match="log.wandb: W&B does not take the run: No API key.*offline"):
+    with pytest.raises(
+        InputError, match="log.wandb: W&B does not take the run: No API key.*offline"
+    ):
         open_trackers(LogConfig(wandb="chats"), tmp_path, {}, RunIds(), 0)
-
-
-def test_ids_are_in_the_checkpoint_and_come_back(wandb, tmp_path):
-    train(tmp_path, "--wandb", "chats", "--samples", "0")
-    newest = max((tmp_path / "out" / "checkpoints").glob("step-*"))
-    assert json.loads((newest / "ids.json").read_text()) == {"wandb": "run-1"}
-    ids = RunIds({"other": "x"})
-    ids.load_state_dict({"wandb": "run-1"})
-    assert ids == {"wandb": "run-1"}
-    assert replace(LogConfig(), wandb="p").wandb == "p"

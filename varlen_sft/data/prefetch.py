@@ -78,7 +78,7 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
         self._closed = False
         self._process = os.getpid()
         self._drawing = threading.Lock()
-        self._made: SimpleQueue[Future[Made]] = SimpleQueue()  # in the order of the items
+        self._made: SimpleQueue[Future[Made] | RunError] = SimpleQueue()  # as the items
         self._pool = ThreadPoolExecutor(workers, "prefetch") if workers else None
         if self._pool is not None:
             for _ in range(depth):
@@ -119,7 +119,10 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
                 f"results are made ahead in process {self._process}, and asked for in its child "
                 f"{os.getpid()}, which has no threads: begin the iteration there"
             )
-        made = self._made.get().result()
+        next_one = self._made.get()
+        if isinstance(next_one, RunError):
+            raise next_one
+        made = next_one.result()
         self._begin(pool)
         return made
 
@@ -130,9 +133,8 @@ class Prefetch(Iterator[Made], Generic[Item, Made]):
         """Hand over what ``_work`` could not."""
         error = None if work.cancelled() else work.exception()
         if error is not None:
-            failed: Future[Made] = Future()
-            failed.set_exception(RunError(f"a thread that makes results ahead ended: {error!r}"))
-            self._made.put(failed)
+            # No Future: where there was no room for one there may be none again.
+            self._made.put(RunError(f"a thread that makes results ahead ended: {error!r}"))
 
     def _work(self) -> None:
         """Draw one item and make it; its result is waited for where it was drawn."""

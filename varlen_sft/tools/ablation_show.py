@@ -21,7 +21,8 @@ __all__ = ["heading", "live", "page", "sparkline", "table", "written"]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CELLS = 16  # of a curve in the terminal
-PATHS = ("model.name", "data.train", "data.valid", "data.cache", "data.template", "run.out")
+PATHS = ("model.name", "data.train", "data.valid", "data.cache", "data.template", "run.out",
+         "stages")  # fmt: skip
 """Keys that say where things lie on somebody's disk: a page may be passed on."""
 _MEASURES = (
     ("trained on", lambda arm: "answers" if arm["completions_only"] else "every token"),
@@ -119,7 +120,7 @@ def _significant(value: float | None) -> str:
 def page(found: Mapping[str, Any]) -> str:
     """A page that needs nothing else."""
     made = f"{found['environment']['date']} · {found['environment']['cpu']}"
-    config = {key: value for key, value in found["config"].items() if key not in PATHS}
+    config = [[key, value] for key, value in found["config"].items() if key not in PATHS]
     title = "varlen_sft: answers alone and isolation, each on and off"
     what = f"{count(found['steps'], 'step')} each, of the same samples from the same weights"
     body = [
@@ -131,7 +132,7 @@ def page(found: Mapping[str, Any]) -> str:
         section(
             "How it was measured",
             details("Machine and versions", found["environment"]),
-            details("Configuration", config),
+            tag("details", tag("summary", "Configuration"), html_table(["key", "value"], config)),
         ),
     ]
     return document(title, body)

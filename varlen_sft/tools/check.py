@@ -186,7 +186,7 @@ def _numeric(
     progress = _stage(bar, 0.68, 0.78, "greedy tokens of HF's generate")
     written = _written(hf, options, material, mixed, progress)
     findings.append(teacher_forcing(subject, low, written, options.generated, measured.tolerance))
-    limits = (measured.tolerance, measured.largest_logit)
+    limits = (measured.tolerance, measured.log_probability_tolerance)
     progress = _stage(bar, 0.8, 0.99, "every implementation, and HF padded and packed")
     routes += compare_routes(subject, low, alone, some, written, limits, progress)
     note = "its frequencies are those of the longest conversation" if mixed else ""

@@ -79,7 +79,7 @@ def compare_routes(
         alone: what it makes of ``samples`` one by one.
         samples: conversations.
         written: what Hugging Face's generate wrote after some prompts, and its top-2 gaps.
-        limits: tolerance of a logit, and the largest logit, both as measured before.
+        limits: tolerances of a logit and of a -log p, as measured on every position before.
 
     Returns:
         The first is Hugging Face alone, whose errors make the bounds.
@@ -116,9 +116,9 @@ def _routes(subject: Subject, low: Any) -> Iterator[tuple[Route, bool]]:
 
 class Judge:
     """Errors against the higher precision; each may be twice what it is for Hugging Face alone,
-    plus one rounding."""
+    plus one rounding. ``log_probability`` is that bound for one token."""
 
-    def __init__(self, alone: Alone, dtype: torch.dtype, largest_logit: float) -> None:
+    def __init__(self, alone: Alone, dtype: torch.dtype, log_probability: float) -> None:
         self.low, self.high = alone
         eps = torch.finfo(dtype).eps
         self.rows = torch.cat(self.high.rows)
@@ -127,7 +127,7 @@ class Judge:
         spread = float(theirs.sum() / self.high.loss.abs().clamp(min=1e-30))
         self.norms = _norms(self.high.gradients)
         self.bounds = {
-            "log-probability": 2 * float(theirs.max()) + eps * largest_logit,
+            "log-probability": log_probability,
             "loss": 2 * spread + eps,
         }
         for name, error in self.gradients(self.low).items():

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from varlen_sft.data.sample import Sample
@@ -65,6 +66,7 @@ class Numbers:
     layers: dict[str, list[float]] = field(default_factory=dict)  # squared: ours, HF's, the norm
     ours: list[np.ndarray] = field(default_factory=list)  # max abs logit error of every position
     hf: list[np.ndarray] = field(default_factory=list)
+    hf_log_probability: float = 0.0  # largest error of HF's own, of the tokens that come next
     largest_logit: float = 0.0
     disagreements: list[tuple[int, int, float]] = field(default_factory=list)  # gap in HF's logits
     hf_misses: int = 0  # the higher precision's most likely token is not among HF's most likely
@@ -79,6 +81,12 @@ class Numbers:
         """For a logit: twice HF's worst error, and one rounding of the largest logit."""
         worst = max(float(errors.max()) for errors in self.hf)
         return 2 * worst + torch.finfo(self.dtype).eps * self.largest_logit
+
+    @property
+    def log_probability_tolerance(self) -> float:
+        """The same for the -log p of a token, by HF's worst of all positions: that of the few that
+        are supervised would be chance."""
+        return 2 * self.hf_log_probability + torch.finfo(self.dtype).eps * self.largest_logit
 
     @property
     def most_misses(self) -> float:
@@ -100,6 +108,13 @@ class Numbers:
         high = high.double()
         for at, value in enumerate((ours.double() - high, low.double() - high, high)):
             sums[at] += float(value.square().sum())
+
+    def add_targets(self, low: Tensor, high: Tensor, tokens: Tensor) -> None:
+        """HF's own logits (L - 1, V), and the tokens (L - 1,) that come next."""
+        wide = torch.promote_types(low.dtype, torch.float32)
+        theirs = F.cross_entropy(low.to(wide), tokens, reduction="none")
+        error = (theirs - F.cross_entropy(high, tokens, reduction="none")).abs().max()
+        self.hf_log_probability = max(self.hf_log_probability, float(error))
 
     def add_logits(self, conversation: int, ours: Tensor, low: Tensor, high: Tensor) -> None:
         # A subtraction widens as it reads.
@@ -146,6 +161,8 @@ def compare_forward(
                 numbers.add_layer(name, ours[name][part], a[name], b[name])
             logits = subject.model.lm_head(hidden[part])
             numbers.add_logits(index, logits, low_logits, high_logits)
+            targets = torch.from_numpy(sample.input_ids[1:]).long()
+            numbers.add_targets(low_logits, high_logits, targets)
             progress((index + 1) / len(samples))
 
 
@@ -174,7 +191,9 @@ def _top_finding(numbers: Numbers, where: str) -> Finding:
         share = ties / numbers.positions
         return Finding.measured(name, share, NEAR_TIES, f"{detail}, {ties} near ties")
     # Two roundings differ in more than a tie or two: the higher precision judges both instead.
-    detail += f"; it is not the higher precision's in {numbers.our_misses}, HF's in {numbers.hf_misses}"
+    detail += (
+        f"; it is not the higher precision's in {numbers.our_misses}, HF's in {numbers.hf_misses}"
+    )
     allowed = max(NEAR_TIES, numbers.most_misses / numbers.positions)
     return Finding.measured(name, numbers.our_misses / numbers.positions, allowed, detail)
 

@@ -158,9 +158,7 @@ class _Run:
                 self.journal.say(f"  {change}")
             write_whole(out / CONFIG, dump(self.config).encode())
             settings = flat(self.config)
-            self.journal.track(
-                open_trackers(self.config.log, out, settings, self.ids, self.saved)
-            )
+            self.journal.track(open_trackers(self.config.log, out, settings, self.ids, self.saved))
 
     def train(self, checkpoints: Checkpointer) -> Ended:
         """Steps until the end, or until somebody asks; all of them are saved then."""
@@ -206,7 +204,7 @@ class _Run:
         self.samples.tell(self.model, state.step, self.journal)
 
     def export(self, place: Path) -> None:
-        """The model for others, with tokenizer and template; rank 0 writes, however long it takes."""
+        """The model for others, with tokenizer and template; rank 0 writes as long as it takes."""
         self.model.save_pretrained(place, copy_from=self.folder)
         from_first(self.here, "exported", bool)
 
