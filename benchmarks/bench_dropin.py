@@ -24,7 +24,7 @@ One training step (forward and backward through Trainer.training_step, no optimi
 same for all) of SmolLM2-135M on conversations of chat-like lengths, side by side:
 
   hf padded        transformers' Trainer and its padding collator, micro-batches of 4, SDPA
-  TRL packed       TRL's SFTTrainer with padding_free=True: all samples in one row, its own loss head
+  TRL packed       TRL's SFTTrainer with padding_free=True: all samples in one row, its own head
   patched          varlen_sft.patch(model) and varlen_sft.Collator under transformers' Trainer
   patched, pruned  the same with patch(model, prune_last_layer=True), which the goals are for
   patched TRL      as "patched", under varlen_sft.integrations.trl.SFTTrainer

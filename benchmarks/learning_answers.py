@@ -1,4 +1,4 @@
-"""Whole dialogues with a trained model, by transformers' generate: how many are right throughout."""
+"""Whole dialogues with a trained model, by transformers' generate: how many are right."""
 
 from __future__ import annotations
 

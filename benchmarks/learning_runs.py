@@ -22,15 +22,17 @@ from varlen_sft.train.config import (
     ModelConfig,
     OptimConfig,
     RunConfig,
+    StageConfig,
     StreamConfig,
     TrainConfig,
 )
 
 __all__ = ["DIALOGUES", "STEPS", "Task", "fine_tune", "from_scratch"]
 
-STEPS, DIALOGUES = 1500, 20000
+STEPS, DIALOGUES = 8000, 30000
 TURNS = (2, 4)
-SCRATCH = OptimConfig(lr=2e-3, warmup=0.05, floor=0.0)
+SHORT = 0.3  # of a run: short dialogues alone, where to copy from is found sooner
+SCRATCH = OptimConfig(lr=1e-3, warmup=0.02, floor=0.0)
 FINE = OptimConfig(lr=2e-4, warmup=0.05, floor=0.0)
 STREAM = {"max_tokens": 1024, "packs_per_step": 2, "accumulate": 1}
 """Short packs, so that those of a step can be of one cost or of several; one micro-batch."""
@@ -64,10 +66,9 @@ def from_scratch(task: Task, folder: Path, stream: Mapping[str, Any]) -> dict[st
 
     dialogues = task.draw()
     start = learning_task.write_model(folder / "start")
-    rows = learning_task.write_rows(folder / "train.jsonl", dialogues.train)
     config = TrainConfig(
         model=ModelConfig(name=str(start), random_init=True),
-        data=DataConfig(train=(rows,)),
+        stages=_stages(dialogues, folder, task.steps),
         stream=StreamConfig(**{**STREAM, **stream}),
         optim=SCRATCH,
         run=RunConfig(out=folder / "run", steps=task.steps, seed=task.seed),
@@ -81,13 +82,25 @@ def from_scratch(task: Task, folder: Path, stream: Mapping[str, Any]) -> dict[st
     exported = folder / "run" / MODEL
     return {
         "parameters": _parameters(exported),
-        "dialogues": len(dialogues.train),
+        "dialogues": [len(dialogues.short), len(dialogues.train)],
         "real_tokens": sum(record["real_tokens"] for record in records),
         "seconds": seconds,
         **_facts([record["loss"] for record in records]),
         "held_out_loss": held_out_loss(exported, dialogues.held_out),
         "score": score(dialogues.held_out, from_folder(exported)).facts(),
     } | _sizes(task)
+
+
+def _stages(
+    dialogues: learning_task.Dialogues, folder: Path, steps: int
+) -> tuple[StageConfig, ...]:
+    short = learning_task.write_rows(folder / "short.jsonl", dialogues.short)
+    train = learning_task.write_rows(folder / "train.jsonl", dialogues.train)
+    begin = 1 + max(1, round(SHORT * steps))
+    return (
+        StageConfig(name="short dialogues", start_training_step=1, train=(short,)),
+        StageConfig(name="all", start_training_step=begin, train=(train,)),
+    )
 
 
 def fine_tune(seconds: float, held_out: int, folder: Path) -> dict[str, Any]:
@@ -157,7 +170,8 @@ def _parameters(folder: Path) -> int:
 
 
 def _sizes(task: Task) -> dict[str, Any]:
-    return {"steps": task.steps, "seed": task.seed, "turns": TURNS, "lr": SCRATCH.lr, **STREAM}
+    of_task = {"steps": task.steps, "seed": task.seed}
+    return {**of_task, "turns": TURNS, "short": SHORT, "lr": SCRATCH.lr, **STREAM}
 
 
 def _facts(losses: Sequence[float]) -> dict[str, Any]:

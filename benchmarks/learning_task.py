@@ -21,7 +21,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 SIZES = {
-    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+    "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4,
     "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 32,
 }  # fmt: skip
 _HELD_OUT_SEED = 10**6  # no run's own
@@ -30,6 +30,7 @@ _HELD_OUT_SEED = 10**6  # no run's own
 class Dialogues(NamedTuple):
     """What is trained, and what the model never sees."""
 
+    short: list[Conversation]
     train: list[Conversation]
     held_out: list[Conversation]
 
@@ -38,16 +39,22 @@ def draw(count: int, held_out: int, seed: int, min_turns: int, max_turns: int) -
     """Different dialogues; those held out are the same for every seed.
 
     Args:
-        count: to train on; those that come twice are dropped, and those whose users say what is held out.
+        count: drawn to train on; less those that come twice or whose users say what is held out.
         held_out: how many.
         seed: of the training dialogues.
-        min_turns, max_turns: user turns of a dialogue.
+        min_turns, max_turns: user turns of a dialogue. Short ones have 1 to min_turns, and no
+            system prompt.
     """
-    drawn = register_machine_conversations(3 * held_out, _HELD_OUT_SEED, min_turns, max_turns)
-    kept = list(dict.fromkeys(drawn))[:held_out]
-    said = {_users(dialogue) for dialogue in kept}
-    made = dict.fromkeys(register_machine_conversations(count, seed, min_turns, max_turns))
-    return Dialogues([c for c in made if _users(c) not in said], kept)
+    talks = register_machine_conversations
+    kept = list(dict.fromkeys(talks(3 * held_out, _HELD_OUT_SEED, min_turns, max_turns)))[:held_out]
+    short = [c for c in talks(2 * count, seed, 1, min_turns) if c.messages[0].role == "user"]
+    train = talks(count, seed, min_turns, max_turns)
+    return Dialogues(_but(short, kept), _but(train, kept), kept)
+
+
+def _but(drawn: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[Conversation]:
+    said = {_users(dialogue) for dialogue in held_out}
+    return [dialogue for dialogue in dict.fromkeys(drawn) if _users(dialogue) not in said]
 
 
 def _users(dialogue: Conversation) -> tuple[str, ...]:
@@ -98,7 +105,8 @@ def _config(sizes: Mapping[str, int]) -> dict[str, Any]:
     return {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
         "vocab_size": len(SPECIAL) + len(CHARACTERS), "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5, "rope_theta": 100.0, "tie_word_embeddings": True,
+        "initializer_range": 0.08,  # about 1 / sqrt(C): with 0.02 attention is flat for long
         "bos_token_id": None, "pad_token_id": SPECIAL.index(PAD),
         "eos_token_id": SPECIAL.index(END), **sizes,
     }  # fmt: skip

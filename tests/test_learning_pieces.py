@@ -60,11 +60,12 @@ def test_held_out_is_never_trained():
     """Of one-turn dialogues many are drawn twice, so that something has to be left out."""
     some = learning_task.draw(4000, 300, seed=0, min_turns=1, max_turns=1)
     other = learning_task.draw(4000, 300, seed=1, min_turns=1, max_turns=1)
-    users = [{d.messages[-2].content for d in part} for part in some]
-    assert len(some.held_out) == 300 and not users[0] & users[1]
+    short, train, held_out = ({d.messages[-2].content for d in part} for part in some)
+    assert len(some.held_out) == 300 and not held_out & short and not held_out & train
     assert other.held_out == some.held_out and other.train != some.train
     drawn = learning_task.register_machine_conversations(4000, 0, 1, 1)
-    assert users[1] & {d.messages[-2].content for d in drawn}
+    assert held_out & {d.messages[-2].content for d in drawn}
+    assert {len(d.messages) for d in some.short} == {2}  # no system prompt
 
 
 def test_a_score_is_of_whole_dialogues(dialogues):
@@ -83,7 +84,7 @@ def test_a_score_is_of_whole_dialogues(dialogues):
 
 
 def test_a_score_can_fail(dialogues):
-    """One wrong answer costs its dialogue; the past that follows is what was said, not the truth."""
+    """One wrong answer costs its dialogue, and is the past of what follows."""
     zero = "Start with all registers at 0 and an empty list."  # may begin several
     talks = [d for d in dialogues.held_out if zero not in {m.content for m in d.messages}]
     held_out = [d for d in talks if len(d.messages) >= 4][:5]
@@ -91,9 +92,7 @@ def test_a_score_can_fail(dialogues):
 
     def reply(talks):
         pasts.extend([m.content for m in talk if m.role == "assistant"] for talk in talks)
-        return [
-            "A=1" if talk[-1] in held_out[0].messages[:2] else answer(talk) for talk in talks
-        ]
+        return ["A=1" if talk[-1] in held_out[0].messages[:2] else answer(talk) for talk in talks]
 
     found = learning_answers.score(held_out, reply)
     assert (found.dialogues, found.of_answers - found.answers) == (4, 1)

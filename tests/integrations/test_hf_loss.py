@@ -168,5 +168,5 @@ def test_numbers_that_mixed_precision_rounded_are_refused():
     patch(model)
     with pytest.raises(TypeError, match="num_items_in_batch must not be rounded.*cast_forward"):
         model(**given, num_items_in_batch=torch.tensor(7.0, dtype=torch.bfloat16))
-    with pytest.raises(TypeError, match="shift_weights must be float32, got bfloat16"):
+    with pytest.raises(TypeError, match="shift_weights must not be rounded, got bfloat16"):
         model(**given, shift_weights=torch.ones(1, sum(LENGTHS), dtype=torch.bfloat16))

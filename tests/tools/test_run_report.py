@@ -7,77 +7,16 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.tools.run_logs import START, page, step, validation, whole
 from tests.tools.test_report import HOSTILE, Page, pixels
 from varlen_sft import cli
+from varlen_sft.tools.page import Series, line_chart
 from varlen_sft.tools.run_charts import MOST, ends
 from varlen_sft.tools.run_report import write_run_report
 from varlen_sft.tools.run_samples import short_source
-
-START = {
-    "event": "start",
-    "config": {
-        "model.name": "/somewhere/of/mine/a <b> model", "model.dtype": "bf16",
-        "data.train": ["/somewhere/chats.jsonl"], "data.valid": ["search:/somewhere/held.jsonl"],
-        "run.out": "/somewhere/out", "optim.betas": [0.9, 0.95], "optim.lr": 1e-4,
-        "data.template": None, "data.cache": "/somewhere/cache", "stages": [],
-    },
-    "ranks": 2, "steps": 30, "device": "CPU", "date": "2030-01-02 03:04 UTC",
-    "versions": {"torch": "2.13.0"},
-    "data": [
-        {"use": "data", "source": "/somewhere/chats.jsonl", "fingerprint": "f", "rows": 2000,
-         "samples": 1990, "tokens": 100000, "supervised": 25000,
-         "left_out": {"rejected": 7, "overlong_dropped": 3}},
-        {"use": "validation", "source": "search:/somewhere/held.jsonl", "fingerprint": "g",
-         "rows": None, "samples": 9, "tokens": 400, "supervised": 100, "left_out": {}},
-    ],
-}  # fmt: skip
-
-
-def step(number: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "event": "step", "step": number, "loss": 2.0 / number + 0.125, "grad_norm": 1.0 + number,
-        "lr": 1e-5 * number, "real_tokens": 500 + number, "supervised_tokens": 100, "fill": 0.875,
-        "step_time_s": 0.5, "stall_s": 0.125, "updated": True, "peak_memory": 3_000_000_000,
-        "role_loss": {"assistant": 1.5, "tool": 0.5} if number % 2 else {"assistant": 1.5},
-        "stop_loss": 0.25, "tflops": 1.5, "mfu": None, **changes,
-    }  # fmt: skip
-
-
-def sample(said: str, number: int = 1, exact: bool = False) -> dict[str, Any]:
-    return {
-        "source": "search:/somewhere/held.jsonl", "sample": number, "prompt": f"all of {number}",
-        "asked": f"what is {number}? {HOSTILE}", "answer": "it is.<|im_end|>", "said": said,
-        "exact": exact,
-    }  # fmt: skip
-
-
-def samples(number: int, *made: dict[str, Any]) -> dict[str, Any]:
-    return {"event": "samples", "step": number, "seconds": 0.5, "samples": list(made)}
-
-
-def validation(number: int, loss: float) -> dict[str, Any]:
-    return {"event": "validation", "step": number, "loss": loss, "seconds": 1.0}
-
-
-def whole() -> list[dict[str, Any]]:
-    said = ["a", "b", HOSTILE, "d", "e", "it is.<|im_end|>"]
-    events = [START, *(step(number) for number in range(1, 31))]
-    for at, text in enumerate(said, 1):
-        events.append(validation(5 * at, 3.0 - 0.25 * at if at < 6 else 9.0))
-        exact = text.startswith("it is")
-        events.append(samples(5 * at, sample(text, exact=exact), sample("no", 2)))
-    return events
-
-
-def page(folder: Path, *events: dict[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True)
-    lines = [json.dumps(event) + "\n" for event in events]
-    (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
-    return write_run_report(folder)
 
 
 def read(path: Path) -> Page:
@@ -148,6 +87,10 @@ def test_two_series_share_the_axis_of_steps(report):
         for field in ("loss", "validation_loss")
     )
     assert loss["cx"] == held_out["cx"] and float(held_out["cy"]) < float(loss["cy"])
+    lines = [Series("a", "a", [1, 2]), Series("b", "b", [1, 2], x=[1, 11])]
+    drawn = Page(line_chart("c", [1, 6], lines, x_label="step")).where("circle")
+    left, middle, _, right = (float(a["cx"]) for a, _ in drawn)
+    assert middle - left == right - middle > 0
 
 
 def test_a_long_run_keeps_its_spikes(long):
@@ -267,14 +210,18 @@ def test_the_page_is_alone_and_text_is_text(report):
     assert "https://" not in text and "url(" not in text and "@import" not in text
 
 
-@pytest.mark.parametrize("width", [390, 1400])
-def test_it_is_drawn_and_never_scrolls_sideways(report, width, browser, tmp_path):
+def test_it_is_drawn(report, browser, tmp_path):
     image = tmp_path / "page.png"
-    browser(report.as_uri(), f"--window-size={width},900", f"--screenshot={image}")
-    _, height, lines = pixels(image)
+    browser(report.as_uri(), "--window-size=390,900", f"--screenshot={image}")
+    width, height, lines = pixels(image)
     size = len(lines[0]) // width
     assert len({line[k : k + size] for line in lines for k in range(0, len(line), size)}) > 30
     assert all(any(line != lines[0] for line in lines[k : k + 225]) for k in range(0, height, 225))
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_it_never_scrolls_sideways(report, width, browser, tmp_path):
+    """A frame of the wanted width holds the page; the page around it reads the frame's."""
     shutil.copy(report, tmp_path / "page.html")
     (tmp_path / "frame.html").write_text(
         f"<iframe src='page.html' width='{width}' height='800' style='border:0'></iframe><p></p>"

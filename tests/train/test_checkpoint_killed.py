@@ -170,13 +170,13 @@ def test_killed_at_twenty_instants_it_goes_on_bit_for_bit(tmp_path, out, ranks, 
     options = {"steps": 120, "every": 1}
     began = time.monotonic()
     args = strategy, 4 // ranks
-    whole = on_ranks(ranks, partial(run, **options), tmp_path / "whole", *args)
+    whole = on_ranks(ranks, partial(run, **options), tmp_path / "whole", *args, wait_s=900)
     took = time.monotonic() - began
     expected = [losses(tmp_path / "whole", rank) for rank in range(ranks)]
     draw, killed, last = random.Random(0), 0, 0
     while killed < 20:
         instant = draw.uniform(0.05, 0.3) * took
-        results = on_ranks(ranks, partial(killed_after, **options), instant, out, *args)
+        results = on_ranks(ranks, partial(killed_after, **options), instant, out, *args, wait_s=900)
         killed += results == [None] * ranks
         steps = [int(name[5:13]) for name in folder(out) if name[13:] == ""]
         assert max(steps, default=0) >= last and len(steps) <= 3, "a checkpoint was lost"
@@ -185,7 +185,7 @@ def test_killed_at_twenty_instants_it_goes_on_bit_for_bit(tmp_path, out, ranks, 
             assert [losses(out, rank) for rank in range(ranks)] == expected
             out, last = tmp_path / f"run {killed}", 0
             out.mkdir()
-    again = on_ranks(ranks, partial(run, **options), out, *args)
+    again = on_ranks(ranks, partial(run, **options), out, *args, wait_s=900)
     for rank in range(ranks):
         assert losses(out, rank) == expected[rank]
         assert_same(again[rank], whole[rank])

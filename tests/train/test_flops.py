@@ -146,6 +146,7 @@ def test_lora_trains_its_own_matrices_alone():
         ("NVIDIA L4", 121.0),
         ("NVIDIA L40S", 362.0),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB MIG 1g.12gb", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("CPU", None),
     ],

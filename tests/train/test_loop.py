@@ -282,3 +282,15 @@ def test_the_time_of_an_action_is_no_steps():
     loop.run(stream(World(), 4), on_step=records.append, every=[(2, lambda _: time.sleep(0.5))])
     assert len(records) == 4 and max(r.step_time_s for r in records[1:]) < 0.5
     assert all(0 <= r.stall_s <= r.step_time_s for r in records)
+
+
+def test_the_stall_is_what_a_step_was_waited_for():
+    def slow():
+        for number, step in enumerate(stream(World(), 4), 1):
+            if number == 2:
+                time.sleep(0.2)
+            yield step
+
+    records: list[StepRecord] = []
+    loop_of(3).run(slow(), on_step=records.append)
+    assert records[1].stall_s >= 0.2 and records[1].step_time_s >= records[1].stall_s

@@ -50,18 +50,25 @@ def test_lines_are_as_few_as_fit_and_break_between_facts(width):
         assert len(line) + 2 + len(first) > width
 
 
-def test_a_terminal_of_100_columns_shows_two_whole_lines():
+def test_a_line_that_just_fits_is_one_line():
+    exact = len(describe(FULL))
+    assert describe(FULL, exact) == describe(FULL)
+    first, second = describe(FULL, exact - 1).split("\n")
+    assert f"{first}  {second}" == describe(FULL) and second == "78.1 GB"
+
+
+@pytest.mark.parametrize(("width", "lines"), [(100, 2), (64, 4)])
+def test_a_terminal_shows_whole_facts_on_lines_beside_a_bar(width, lines):
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=100, color_system=None)
+    console = Console(file=screen, force_terminal=True, width=width, color_system=None)
     with LiveLine(console, lambda record: 0.5) as line:
         line.show(FULL)
-    last_frame = re.split(r"\x1b\[2K", screen.getvalue())[-1]
+    last_frame = screen.getvalue().split("\x1b[2K")[-1]
     plain = re.sub(r"\x1b\[[0-9?;]*[a-zA-Z]", "", last_frame)
-    first, second, end = plain.split("\n")
-    assert len(first) <= 100 and len(second) <= 100 and end == ""
-    assert first[:9] == "━━━━" + " " * 5 and second[:9] == " " * 9
-    assert [first[9:].rstrip(), second[9:].rstrip()] == describe(FULL, 91).split("\n")
-    assert describe(FULL, 91).count("\n") == 1
+    *shown, end = plain.split("\n")
+    assert len(shown) == lines and end == "" and all(len(text) <= width for text in shown)
+    assert [text[:9] for text in shown] == ["━━━━" + " " * 5, *[" " * 9] * (lines - 1)]
+    assert [text[9:].rstrip() for text in shown] == describe(FULL, width - 9).split("\n")
 
 
 def test_a_pipe_gets_a_line_every_few_seconds():

@@ -14,6 +14,7 @@ from tests.train.setups import small_run
 from varlen_sft.train.checkpoint_folder import damage
 
 MINUTE = 60.0
+param = partial(pytest.param, marks=pytest.mark.e2e)
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +29,17 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("what", "rank", "own", "told"),
     [
-        ("loss_is_nan", 1, "NotFinite: step 4: the loss is nan", "NotFinite: step 4: the loss"),
-        ("rank_dies", 0, None, "cannot go on"),
-        ("rank_dies", 1, None, "RankLost: rank 0 of 2 cannot go on: rank 1 gives no sign of life"),
         ("data_thread_dies", 1, "RunError: a thread that makes results ahead ended: MemoryError",
          "RankLost: rank 0 of 2 cannot go on: rank 1 ended with RunError: a thread that makes"),
-        ("data_cannot_be_read", 1, r"RunError: .*\.bin: Input/output error",
-         r"RankLost: rank 0 of 2 cannot go on: rank 1 ended with RunError: .*\.bin: Input/output"),
-        ("no_room_for_checkpoints", 1, "RunError: .*step-00000004.tmp: .* rank 1: .*File too large",
-         "RunError: .*step-00000004.tmp: the checkpoint cannot be written: rank 1: .*File too"),
         ("no_room_for_the_log", 0, "RunError: .*log.jsonl.*No space left on device",
          "RankLost: rank 1 of 2 cannot go on: rank 0 ended with RunError: .*No space left on"),
+        param("data_cannot_be_read", 1, r"RunError: .*\.bin: Input/output error",
+         r"RankLost: rank 0 of 2 cannot go on: rank 1 ended with RunError: .*\.bin: Input/output"),
+        param("loss_is_nan", 1, "NotFinite: step 4: the loss is nan", "NotFinite: step 4: the los"),
+        param("rank_dies", 0, None, "RankLost: rank 1 of 2 cannot go on: "),
+        param("rank_dies", 1, None, "RankLost: rank 0 .*cannot go on: rank 1 gives no sign of lif"),
+        param("no_room_for_checkpoints", 1, "RunError: .*step-00000004.tmp: .*rank 1: .*File too l",
+         "RunError: .*step-00000004.tmp: the checkpoint cannot be written: rank 1: .*File too"),
     ],
 )  # fmt: skip
 def test_it_is_named_on_every_rank_and_the_run_goes_on_from_its_checkpoint(
@@ -50,8 +51,9 @@ def test_it_is_named_on_every_rank_and_the_run_goes_on_from_its_checkpoint(
     results = on_ranks(2, work, rank, tmp_path, *threads, wait_s=MINUTE)
     assert_told(results[rank], own)
     assert_told(results[1 - rank], told)
-    assert kept(tmp_path) == [2]
-    assert damage(tmp_path / "out/checkpoints/step-00000002") is None
+    assert 2 <= max(kept(tmp_path)) < 8
+    for step in kept(tmp_path):
+        assert damage(tmp_path / f"out/checkpoints/step-{step:08}") is None
     assert on_ranks(2, train, tmp_path, *threads) == ["finished"] * 2
     assert steps(tmp_path) == steps(whole) and len(steps(whole)) == 8
     assert weights(tmp_path) == weights(whole)

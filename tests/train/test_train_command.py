@@ -28,6 +28,9 @@ def test_a_file_and_keys_over_it_train_a_model(capsys, file, tmp_path):
     code, said, _ = run(capsys, file, "--steps", 2, "--lr=0.01")
     assert code == 0 and "step 2: validation loss" in said and "tokenising" not in said
     assert f"written: {tmp_path}/out/model" in said
+    assert f"written: {tmp_path}/out/report.html" in said
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "llama, 2 of 2 steps" in page and 'data-said="said"' in page
     assert (tmp_path / "out" / "model" / "config.json").is_file()
     config = parse_config((tmp_path / "out" / "config.yaml").read_text())
     assert (config.run.steps, config.optim.lr) == (2, 0.01)

@@ -25,11 +25,12 @@ def keep_exact(accelerator: Any) -> None:
         accelerator: of ``accelerate``, or a Trainer's (``trainer.accelerator``), before ``prepare``
             or ``train`` is called.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    policy = None if plugin is None else plugin.mixed_precision_policy
-    if policy is not None and plugin.fsdp_version == 2:
-        exact = replace(policy, cast_forward_inputs=False, output_dtype=None)
-        plugin.mixed_precision_policy = exact
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.fsdp_version != 2 or plugin.mixed_precision_policy is None:
+        return
+    plugin.mixed_precision_policy = replace(
+        plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None
+    )
 
 
 def require_exact(name: str, value: Tensor) -> None:

@@ -48,8 +48,8 @@ class Targets:
             targets = cls(packed.labels.long(), packed.token_weights, rows)
         else:
             targets = cls(*_of_keywords(call, packed, shape), rows)
-        if rows is not None and rows is call.get(ROWS):  # they came beside labels, not with them
-            targets._require_rows(rows)
+        if targets.rows is not None and rows is call.get(ROWS):  # beside labels, not with them
+            targets._require_rows(targets.rows)
         return targets
 
     def supervised_rows(self) -> Tensor:

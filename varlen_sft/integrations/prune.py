@@ -195,9 +195,8 @@ def _attend(
     """(1, S, C) after the output projection."""
     runs, rows = last.runs, None if last.runs is None else last.runs.rows
     queried = hidden_states if rows is None else pick_rows(hidden_states[0], rows)[None]
-    q, k, v = (
-        _heads(attn, kind, queried if kind == "q" else hidden_states, family) for kind in "qkv"
-    )
+    q = _heads(attn, "q", queried, family)
+    k, v = (_heads(attn, kind, hidden_states, family) for kind in "kv")
     if rotate is not None and has_rope(attn):
         q, k = _rotated(rotate, q, k, position_embeddings, rows)
     if runs is not None:
@@ -234,10 +233,7 @@ def _rotated(
     cos, sin = embeddings
     if rows is None:
         return rotate(q, k, cos, sin)
-    if isinstance(cos, PackRotation):
-        own = cos.at(rows), sin
-    else:
-        own = cos[:, rows], sin[:, rows]
+    own = (cos.at(rows), sin) if isinstance(cos, PackRotation) else (cos[:, rows], sin[:, rows])
     return rotate(q, q[:, :0], *own)[0], rotate(k[:, :0], k, cos, sin)[1]
 
 
@@ -250,12 +246,9 @@ def _options(attn: Any, family: Family) -> dict[str, Any]:
     dropout = getattr(attn, "attention_dropout", 0.0) if attn.training else 0.0
     softcap = attn.attn_logit_softcapping if family.attention_softcap else None
     window = family.window_size(attn)
-    options = {"dropout": dropout, "scaling": attn.scaling}
-    return options | {
-        key: value
-        for key, value in (("sliding_window", window), ("softcap", softcap))
-        if value is not None
-    }
+    named = {"dropout": dropout, "scaling": attn.scaling}
+    named |= {"sliding_window": window, "softcap": softcap}
+    return {key: value for key, value in named.items() if value is not None}
 
 
 def _interface(attn: Any) -> Callable[..., Any]:

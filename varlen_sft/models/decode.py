@@ -32,9 +32,10 @@ def llama_decoder(model: LlamaForSFT) -> Iterator[None]:
     the prompts first. The result, (B, V), are the logits of what follows the last of each.
     """
     reader = _Reader(model)
+    blocks: Any = model.layers
     with ExitStack() as changes:
         changes.enter_context(instead(model, "forward", reader.forward))
-        for number, block in enumerate(model.layers):
+        for number, block in enumerate(blocks):
             changes.enter_context(instead(block, "forward", partial(reader.block, number, block)))
         # A longer table than training has made could only be one of the same numbers; but then
         # nobody has to believe that.

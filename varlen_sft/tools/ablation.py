@@ -31,7 +31,8 @@ from varlen_sft.train.bare import bare, to_all, warm
 from varlen_sft.train.config import TrainConfig
 from varlen_sft.train.config_out import flat
 from varlen_sft.train.distributed import World, world
-from varlen_sft.train.first import from_first
+from varlen_sft.train.first import from_first, naming_disk_errors
+from varlen_sft.train.header import device_name
 from varlen_sft.train.loop import evaluate_steps
 from varlen_sft.train.parallel import Parallel
 from varlen_sft.train.setup import Sets, open_stream, prepare_sets
@@ -88,9 +89,9 @@ def run(
     Raises:
         InputError: what the configuration names cannot be used, or does not tell answers from all
             else.
-        RunError: a loss is not finite, a rank is gone.
+        RunError: a loss is not finite, a rank is gone, a disk is full.
     """
-    with world(config.dist.timeout_s) as here:
+    with world(config.dist.timeout_s) as here, naming_disk_errors(out):
         config, console = on_completions(config), console if here.is_first else None
         folder = model_folder(config.model.name)
         runs = _Runs(config, folder, _prepared(config, folder, here, preparing), steps, here)
@@ -101,7 +102,7 @@ def run(
             gc.collect()  # before the next model comes
         found = {
             "config": flat(config), "environment": environment(), "ranks": here.size,
-            "steps": steps, "held_out": runs.held_out_of, "arms": arms,
+            "device": device_name(here), "steps": steps, "held_out": runs.held_out_of, "arms": arms,
         }  # fmt: skip
         if console is not None:
             _tell(found, out, console)

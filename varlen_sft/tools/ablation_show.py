@@ -119,7 +119,8 @@ def _significant(value: float | None) -> str:
 
 def page(found: Mapping[str, Any]) -> str:
     """A page that needs nothing else."""
-    made = f"{found['environment']['date']} · {found['environment']['cpu']}"
+    device = found["environment"]["cpu"] if found["device"] == "CPU" else found["device"]
+    made = f"{found['environment']['date']} · {device} · {count(found['ranks'], 'rank')}"
     config = [[key, value] for key, value in found["config"].items() if key not in PATHS]
     title = "varlen_sft: answers alone and isolation, each on and off"
     what = f"{count(found['steps'], 'step')} each, of the same samples from the same weights"

@@ -230,7 +230,8 @@ def _gradients(
     total = alone
     if first < len(samples):
         total = Alone(alone.low + rest.low, alone.high + rest.high)
-    return alone, gradients.check_gradients(subject, total, samples, _batched(hf[0], samples))
+    others = _batched(hf[0], samples, _depends_on_length(subject))
+    return alone, gradients.check_gradients(subject, total, samples, others)
 
 
 def _alone(low: Any, high: Any, samples: Sequence[Sample], progress: Callable) -> Alone:
@@ -238,9 +239,10 @@ def _alone(low: Any, high: Any, samples: Sequence[Sample], progress: Callable) -
     return Alone(HFAlone(low).run(samples, lambda share: progress(0.7 + share * 0.3)), wide)
 
 
-def _batched(low: Any, samples: Sequence[Sample]) -> list[Result]:
-    """Hugging Face's own batches; in fp32 its model alone is measure enough."""
-    if low.dtype == torch.float32:
+def _batched(low: Any, samples: Sequence[Sample], mixed: bool) -> list[Result]:
+    """Hugging Face's own batches; in fp32 its model alone is measure enough, and of batches whose
+    RoPE depends on their longest conversation it is the only one."""
+    if low.dtype == torch.float32 or mixed:
         return []
     return [route.run(samples) for route in (HFPadded(low), HFPacked(low))]
 

@@ -155,7 +155,11 @@ def _linear(values: Sequence[float], from_zero: bool = False, whole: bool = Fals
     step = next(power * k for k in (1, 2, 5, 10) if power * k >= rough * (1 - 1e-9))
     step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [(k * step, f"{k * step:,.10g}") for k in range(first, last + 1)]
+    # Long numbers would not fit beside the chart.
+    unit, letter = (1e6, "M") if high >= 1e6 else (1e3, "k") if high >= 1e5 else (1, "")
+    ticks = [
+        (k * step, f"{k * step / unit:,.10g}{letter * (k != 0)}") for k in range(first, last + 1)
+    ]
     if whole:  # the ends are points of the line: no empty room beside them
         return _Axis(low, high, [tick for tick in ticks if low <= tick[0] <= high])
     return _Axis(first * step, last * step, ticks)
@@ -216,7 +220,7 @@ def _grid(across: _Axis, up: _Axis, x_label: str) -> list[Html]:
         drawn.append(tag("line", x1=LEFT, x2=RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
         drawn.append(tag("text", text, x=LEFT - 6, y=f"{y + 4:.1f}", text_anchor="end"))
     for tick, text in across.ticks:
-        x = across.at(tick, LEFT, RIGHT)
+        x = min(across.at(tick, LEFT, RIGHT), WIDTH - 4.0 * len(text))  # not over the edge
         drawn.append(tag("text", text, x=f"{x:.1f}", y=BOTTOM + 18, text_anchor="middle"))
     middle = (LEFT + RIGHT) / 2
     return [*drawn, tag("text", x_label, x=middle, y=HEIGHT - 6, text_anchor="middle")]

@@ -23,7 +23,8 @@ CHART_STYLE = """
 .chart .d { stroke: var(--dim); } .chart circle.d { fill: var(--dim); }
 .chart .e { stroke: var(--bad); stroke-dasharray: 2 2; } .chart circle.e { fill: var(--bad); }
 .chart .faint { stroke: var(--a); stroke-opacity: .35; stroke-width: 1; }
-.many circle { opacity: 0; } .many circle.wrong, .many circle.b { opacity: 1; }
+.many circle { opacity: 0; }
+.many circle.wrong, .many circle[data-field="validation_loss"] { opacity: 1; }
 """
 
 Step = Mapping[str, Any]
@@ -112,6 +113,8 @@ def _chart(
     lines: list[Series] = []
     for number, curve in enumerate(curves):
         lines += _thin(curve, steps, _LOOKS[number % len(_LOOKS)], mean_only=len(curves) > 1)
+    if len(curves) > 1 and len(steps) > MOST:
+        caption += f", means of {_size(steps)} steps"
     return _figure(caption, lines, steps, from_zero=from_zero) if lines else Html("")
 
 
@@ -133,15 +136,16 @@ def _thin(
     if len(pairs) <= MOST:
         x, values = zip(*pairs, strict=True)
         return [Series(curve.name, curve.field, values, look, x)]
-    size = -(-len(pairs) // MOST)
+    size = _size(pairs)
     groups = _groups(pairs, size)
     middle = [group[len(group) // 2][0] for group in groups]
     means = [mean([value for _, value in group]) for group in groups]
-    line = Series(f"{curve.name}, mean of {size}", f"{curve.field}_mean", means, look, middle)
+    name = curve.name if mean_only else f"mean of {size}"
+    line = Series(name, f"{curve.field}_mean", means, look, middle)
     if mean_only:
         return [line]
     x, values = zip(*ends(pairs, size), strict=True)
-    return [Series("steps", curve.field, values, "faint", x), line]
+    return [Series(curve.name, curve.field, values, "faint", x), line]
 
 
 def ends(pairs: Sequence[tuple[int, float]], size: int) -> list[tuple[int, float]]:
@@ -152,6 +156,11 @@ def ends(pairs: Sequence[tuple[int, float]], size: int) -> list[tuple[int, float
         order = sorted(group, key=lambda pair: (not math.isfinite(pair[1]), pair[1]))
         kept += sorted({order[0], order[-1]}, key=lambda pair: pair[0])
     return kept
+
+
+def _size(many: Sequence[Any]) -> int:
+    """How many of them make a group."""
+    return -(-len(many) // MOST)
 
 
 def _groups(pairs: Sequence[_T], size: int) -> list[Sequence[_T]]:

@@ -83,7 +83,7 @@ def run_page(log: RunLog) -> str:
 
 def _length(log: RunLog) -> str:
     done = log.steps[-1]["step"] if log.steps else 0
-    return f"{done:,} of {count(log.header.get('steps', done), 'step')}"
+    return f"{done:,} of {count(log.header.get('steps') or done, 'step')}"
 
 
 def _origin(log: RunLog) -> str:

@@ -48,7 +48,7 @@ def greedy(
     was_training = model.training
     model.eval()
     with decoder(model):
-        said = _said(model, [*share, *prompts[:1] * idle], len(share), max_new_tokens, world)
+        said = _said(model, [*share, *[prompts[0]] * idle], len(share), max_new_tokens, world)
     model.train(was_training)
     table = torch.zeros(len(prompts), max_new_tokens + 1, dtype=torch.int64, device=world.device)
     for k, ids in zip(mine, said, strict=False):
@@ -95,8 +95,9 @@ def _gathered(model: nn.Module, changed: AbstractContextManager[None]) -> Iterat
     """FSDP2 leaves the root's parameters whole until a backward, which does not come here."""
     with changed:
         yield
-    if hasattr(model, "reshard"):
-        model.reshard()
+    reshard = getattr(model, "reshard", None)
+    if reshard is not None:
+        reshard()
 
 
 class _PatchedReader:

@@ -34,7 +34,7 @@ LEFT_OUT = (
 """Counts of a manifest that say what of the rows is in no sample, or not whole; see ``tally``."""
 
 
-def log_header(config: TrainConfig, sets: Sets, here: World, steps: int) -> dict[str, Any]:
+def log_header(config: TrainConfig, sets: Sets, here: World, steps: int | None) -> dict[str, Any]:
     """Plain values for the event "start".
 
     Args:

@@ -49,10 +49,21 @@ class StepSums:
         loss, weight, pairs, *by_kind = numbers[:MICRO_BATCH]
         *counts, seconds, stop = numbers[MICRO_BATCH : MICRO_BATCH + len(_COUNTS) + 2]
         own = numbers[MICRO_BATCH + len(_COUNTS) + 2 :]
+        tokens, supervised, sequences, squares = map(int, counts)
         return cls(
-            loss, weight, int(pairs), tuple(zip(by_kind[:_KINDS], by_kind[_KINDS:], strict=True)),
-            *map(int, counts), seconds, stop, max(own[::_RANK]), int(max(own[1::_RANK])),
-        )  # fmt: skip
+            loss=loss,
+            weight=weight,
+            pairs=int(pairs),
+            kinds=tuple(zip(by_kind[:_KINDS], by_kind[_KINDS:], strict=True)),
+            tokens=tokens,
+            supervised=supervised,
+            sequences=sequences,
+            squares=squares,
+            seconds=seconds,
+            stop=stop,
+            stall_s=max(own[::_RANK]),
+            peak_memory=int(max(own[1::_RANK])),
+        )
 
     @property
     def mean(self) -> float:

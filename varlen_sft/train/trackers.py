@@ -108,7 +108,7 @@ class TensorBoard:
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(
             str(folder), purge_step=step + 1 if step else None, flush_secs=_FLUSH_S
         )
         text = "\n".join(f"    {key}: {value}" for key, value in settings.items())
