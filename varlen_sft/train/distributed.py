@@ -93,27 +93,12 @@ class World:
                 self._note(f"ended with {type(error).__name__}: {error}")
                 raise
             self._note("waiting")
-            told = self._told(error)
-            self._note("read", " heard")
-            raise RankLost(told) from error
+            raise RankLost(self._told(error)) from error
 
-    def linger(self) -> None:
-        """On rank 0, whose process may hold the store: until the others have read it, or a while.
-
-        They ask it for the error with which this rank ends.
-        """
-        if self.store is None or not self.is_first:
-            return
-        heard = [f"rank {rank} heard" for rank in range(1, self.size)]
-        deadline = time.monotonic() + 2 * _GRACE_S
-        with suppress(RuntimeError):
-            while not self.store.check(heard) and time.monotonic() < deadline:
-                time.sleep(0.05)
-
-    def _note(self, text: str, kind: str = "") -> None:
+    def _note(self, text: str) -> None:
         if self.store is not None:
             with suppress(RuntimeError):  # its holder may be the one that is gone
-                self.store.set(f"rank {self.rank}{kind}", text)
+                self.store.set(f"rank {self.rank}", text)
 
     def _told(self, error: BaseException) -> str:
         lost = self._lost()
@@ -154,7 +139,6 @@ def world(timeout_s: float = TIMEOUT_S, device: torch.device | None = None) -> I
     except BaseException:
         if started.device.type != "cuda":  # NCCL would wait for what never comes
             _leave(started)
-        started.linger()
         raise
     _leave(started)
 
