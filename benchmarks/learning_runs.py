@@ -30,6 +30,7 @@ from varlen_sft.train.config import (
 __all__ = ["DIALOGUES", "STEPS", "Task", "fine_tune", "from_scratch"]
 
 STEPS, DIALOGUES = 8000, 30000
+FINE_DIALOGUES = 8000
 TURNS = (2, 4)
 SHORT = 0.3  # of a run: short dialogues alone, where to copy from is found sooner
 SCRATCH = OptimConfig(lr=1e-3, warmup=0.02, floor=0.0)
@@ -108,7 +109,7 @@ def fine_tune(seconds: float, held_out: int, folder: Path) -> dict[str, Any]:
     from varlen_sft.tools.demo_model import smollm2_folder
 
     model, after = smollm2_folder(), folder / "after"
-    dialogues = learning_task.draw(DIALOGUES, held_out, 0, *TURNS)
+    dialogues = learning_task.draw(FINE_DIALOGUES, held_out, 0, *TURNS)
     rows = learning_task.write_rows(folder / "train.jsonl", dialogues.train)
     config = TrainConfig(
         model=ModelConfig(name=str(model)),

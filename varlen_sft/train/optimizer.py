@@ -41,9 +41,10 @@ class GradientSums(dict[nn.Parameter, Tensor]):
         grad, held = parameter.grad, self.pop(parameter, None)
         if grad is None:
             return held
-        wide = local(grad)
-        wide = wide if wide.dtype in _WIDE else wide.float()
-        return wide if held is None else held.add_(wide)
+        last = local(grad)
+        if held is not None:
+            return held.add_(last)
+        return last if last.dtype in _WIDE else last.float()
 
 
 class MasterAdamW:
