@@ -39,6 +39,7 @@ class Way:
 WAYS = {
     ONE: Way(1, "ddp"),
     "two ranks, ddp": Way(2, "ddp"),
+    "two ranks, zero2": Way(2, "zero2"),
     "two ranks, fsdp": Way(2, "fsdp"),
     APART: Way(2, None),
 }
@@ -79,8 +80,7 @@ def train(work: Work, way: Way, rank: int, start: Any) -> dict[str, Any]:
     records: list[Any] = []
     with world(WAIT_S) as here:
         strategy: Any = way.strategy or "ddp"
-        if strategy == "fsdp":
-            shard(model, here)
+        shard(model, here, strategy)
         loop = Loop(
             Parallel(model, here, strategy), MasterAdamW(model),
             TrainOptions(max_steps=STEPS, lr=LR), capacity=work.tokens,

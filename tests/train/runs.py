@@ -67,8 +67,7 @@ def build(
 ) -> Loop:
     """A tiny tied Llama, the same on every rank."""
     llama = tiny_model(tiny_hf_config(tie_word_embeddings=True), dtype)
-    if strategy == "fsdp":
-        shard(llama, here)
+    shard(llama, here, strategy)
     optimizer = MasterAdamW(llama, weight_decay=0.1, eps=EPS)
     return Loop(Parallel(llama, here, strategy, score=score), optimizer, options, capacity=128)
 
@@ -200,8 +199,7 @@ def summed(strategy: str, xs: list[list[float]]) -> float:
     """The gradient's norm after micro-batches of these x on each rank, in bf16."""
     with world(timeout_s=30) as here:
         model = OneWeight().bfloat16()
-        if strategy == "fsdp":
-            shard(model, here)
+        shard(model, here, strategy)
         optimizer = MasterAdamW(model)
         parallel = Parallel(model, here, strategy)
         parallel.reduce_with(optimizer.sums)
@@ -213,3 +211,27 @@ def summed(strategy: str, xs: list[list[float]]) -> float:
             if not last:
                 optimizer.sums.add(optimizer.parameters)
         return float(optimizer.step(1e-3, 1e9))
+
+
+def whole_blocks(strategy: str) -> list[bool]:
+    """Whether this rank holds a block's weights whole, at points of a step and after it."""
+    from torch.distributed.tensor import DTensor
+
+    with world() as here:
+        model = tiny_model(tiny_hf_config(), torch.float32)
+        shard(model, here, strategy)
+        parallel, batch = Parallel(model, here, strategy), collate(random_samples([5, 9]))
+        block = model.layers[0].mlp.down_proj
+
+        def is_whole() -> bool:
+            return not isinstance(block.weight, DTensor)
+
+        found = []
+        for last in (False, True):
+            with parallel.micro_batch(last=last):
+                loss = parallel.loss(batch).loss_sum
+                found.append(is_whole())
+                loss.backward()
+                found.append(is_whole())
+        parallel.evaluate(batch)
+        return [*found, is_whole()]

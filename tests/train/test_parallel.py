@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.helpers import tiny_hf_config, tiny_model
 from tests.train.ranks import on_ranks
-from tests.train.runs import EPS, many, stream, summed
+from tests.train.runs import EPS, many, stream, summed, whole_blocks
 from varlen_sft.data.batch import collate
 from varlen_sft.train.distributed import World
 from varlen_sft.train.loop import mean_loss
@@ -22,16 +22,16 @@ BF16 = {"dtype": torch.bfloat16, "steps": STEPS}
 
 @pytest.fixture(scope="module")
 def runs():
-    """Of each number of ranks, what every rank got in three runs."""
+    """Of each number of ranks, what every rank got in four runs."""
     cases = {}
     for ranks, other in ((1, "ddp"), (2, "ddp"), (4, "fsdp")):
         each = [((other, 4 // ranks), FREE), (("fsdp", 4 // ranks), CLIPPED),
-                (("fsdp", 4 // ranks), BF16)]  # fmt: skip
+                (("fsdp", 4 // ranks), BF16), (("zero2", 4 // ranks), CLIPPED)]  # fmt: skip
         cases[ranks] = [many(each)] if ranks == 1 else on_ranks(ranks, many, each)
     return cases
 
 
-@pytest.mark.parametrize("case", [0, 1])
+@pytest.mark.parametrize("case", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_losses_norms_and_weights_do_not_depend_on_ranks_and_accumulation(runs, ranks, case):
     """In fp64: 1e-10 is the package's promise for losses and gradients of one step. An update is
@@ -114,7 +114,7 @@ def test_a_step_without_any_weight_updates_nothing_and_is_counted(runs):
 
 def test_the_runs_differ_where_they_should(runs):
     """The clipped run is clipped, training lowers the loss, and some norms exceed the limit."""
-    free, clipped, _ = runs[1][0]
+    free, clipped, *_ = runs[1][0]
     assert min(record.grad_norm for record in clipped["records"] if record.updated) > 2.0
     name = "layers.0.mlp.down_proj.weight"
     assert (free["weights"][name] - clipped["weights"][name]).abs().max() > 1e-4
@@ -135,11 +135,18 @@ def test_fp32_copies_of_bf16_shards_collect_what_the_weights_cannot_hold(runs):
                 assert a.loss == pytest.approx(b.loss, rel=2**-7)  # of a bf16 forward
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp"])
 def test_gradients_of_ranks_and_micro_batches_add_up_in_fp32(strategy):
     """1 + 2^-9 + 2^-9 + 2^-8 fits bf16; added up in bf16 it is 1, or 1 + 2^-8 rounded to 1."""
     xs = [[1.0, 2**-9, 2**-9], [0.0, 0.0, 2**-8]]
     assert on_ranks(2, summed, strategy, xs) == [1 + 2**-7] * 2
+
+
+def test_what_is_whole_between_micro_batches_and_after_them():
+    """Blocks after the forward, the backward and another micro-batch, the step, a validation."""
+    kept = {strategy: on_ranks(2, whole_blocks, strategy) for strategy in ("fsdp", "zero2")}
+    assert kept["fsdp"] == [[False] * 5] * 2
+    assert kept["zero2"] == [[True, True, True, False, False]] * 2
 
 
 def test_gradients_of_micro_batches_add_up_in_fp32_alone():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -51,9 +52,15 @@ def install_call(
     for module in (base, base.rotary_emb) if tables else (base,):
         setattr(module, _KEY, call)
     return [
-        base.register_forward_pre_hook(_read_pack, with_kwargs=True),
+        base.register_forward_pre_hook(_reader(), with_kwargs=True),
         base.register_forward_hook(_forget_pack, always_call=True),
     ]
+
+
+@cache  # made when it is used: to make it takes a second where nobody has imported dynamo yet
+def _reader() -> Any:
+    """``_read_pack``, which a compiled model runs outside its graphs."""
+    return torch.compiler.disable(_read_pack)
 
 
 def share_call(base: nn.Module, module: nn.Module) -> None:
@@ -76,7 +83,6 @@ def call_of(base: nn.Module) -> Call:
     return vars(base)[_KEY]
 
 
-@torch.compiler.disable  # a compiled model reads its call once, outside its graphs
 def _read_pack(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -45,8 +45,7 @@ def bare(config: TrainConfig, folder: Path, steps: int, here: World) -> Bare:
     if here.device.type == "cpu":
         keep_freed_memory()
     model = load_model(config.model, folder, config.run.seed).to(here.device)
-    if config.dist.strategy == "fsdp":
-        shard(model, here)
+    shard(model, here, config.dist.strategy)
     optimizer = make_optimizer(config.optim, model)
     parallel = Parallel(model, here, config.dist.strategy)
     options = train_options(config.optim, steps)

@@ -30,7 +30,8 @@ __all__ = [
 
 Dtype = Literal["bf16", "fp32"]
 Impl = Literal["own", "hf"]
-Strategy = Literal["fsdp", "ddp"]
+Strategy = Literal["fsdp", "zero2", "ddp"]
+"""What every rank holds whole during a step: one block of weights at a time, the weights, all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +167,8 @@ class DistConfig:
     """Several ranks, as torchrun starts them; one process reads none of it."""
 
     strategy: Strategy = "fsdp"
-    """fsdp shards weights, gradients and optimiser; ddp copies them."""
+    """fsdp shards weights, gradients and optimiser; zero2, too, but keeps weights whole during a
+    step: more memory, fewer exchanges; ddp copies all."""
     timeout_s: float = 50.0
     """After so long a rank that does not answer ends the run by name."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from varlen_sft.models.decode import instead, llama_decoder
 from varlen_sft.models.llama import LlamaForSFT
 from varlen_sft.train.distributed import World
+from varlen_sft.train.parallel import give_back
 from varlen_sft.train.setup_model import PatchedForSFT
 
 __all__ = ["Prompt", "decoder", "greedy"]
@@ -92,12 +93,10 @@ def decoder(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _gathered(model: nn.Module, changed: AbstractContextManager[None]) -> Iterator[None]:
-    """FSDP2 leaves the root's parameters whole until a backward, which does not come here."""
+    """FSDP2 leaves parameters whole until a backward, which does not come here."""
     with changed:
         yield
-    reshard = getattr(model, "reshard", None)
-    if reshard is not None:
-        reshard()
+    give_back(model)
 
 
 class _PatchedReader:

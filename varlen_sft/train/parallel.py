@@ -9,28 +9,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from varlen_sft.data.batch import PackedBatch
 from varlen_sft.data.stream_step import Step
+from varlen_sft.train.config import Strategy
 from varlen_sft.train.distributed import World
 from varlen_sft.train.optimizer import GradientSums
 from varlen_sft.types import LossOutput
 
-__all__ = ["Parallel", "Strategy", "blocks", "evaluate_steps", "shard"]
-
-Strategy = Literal["ddp", "fsdp"]
+__all__ = ["Parallel", "blocks", "evaluate_steps", "give_back", "shard"]
 
 
 class Parallel:
     """Calls a model on micro-batches, so that the last backward of a step leaves its gradients.
 
     Args:
-        model: on the world's device. For "fsdp" already through ``shard``, as its optimiser has to
-            be made of the shards.
+        model: on the world's device. Already through ``shard``, as its optimiser has to be made of
+            the shards.
         world: the ranks.
         strategy: how they share the work; without other ranks there is nothing to share.
         score: the loss of a batch; ``model(batch)`` if None.
@@ -71,23 +70,22 @@ class Parallel:
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch: ranks exchange gradients in the last."""
-        if self.strategy == "fsdp":
+        if self.strategy != "ddp":
             from torch.distributed.fsdp import FSDPModule
 
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(last)
+                self.model.set_reshard_after_backward(last or self.strategy == "fsdp")
         if last or self.module is self.model:
             return nullcontext()
         return cast(nn.parallel.DistributedDataParallel, self.module).no_sync()
 
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> LossOutput:
-        """The loss without gradients; under "fsdp" all ranks call it equally often."""
+        """The loss without gradients; of a sharded model all ranks call it equally often."""
         output = self._score(self.model, self.here(batch))
-        if self.strategy == "fsdp" and self.world.size > 1:
-            from torch.distributed.fsdp import FSDPModule
-
-            cast(FSDPModule, self.model).reshard()  # else the root stays whole until a backward
+        if self.strategy != "ddp":
+            give_back(self.model)
         return output
 
     def here(self, batch: PackedBatch) -> PackedBatch:
@@ -116,13 +114,28 @@ def evaluate_steps(parallel: Parallel, steps: Iterable[Step]) -> float:
     return loss / weight if weight else 0.0
 
 
-def shard(model: nn.Module, world: World) -> None:
+def give_back(model: nn.Module) -> None:
+    """Drop the weights that a forward gathered and no backward will: the root's, and with
+    "zero2" those of all blocks. A model that is not sharded has none."""
+    for module in model.modules():
+        drop = getattr(module, "reshard", None)
+        if drop is not None:
+            drop()
+
+
+def shard(model: nn.Module, world: World, strategy: Strategy = "fsdp") -> None:
     """Cut the parameters in shards over all ranks, block by block (FSDP2). Alone: leave them.
+
+    Args:
+        strategy: "fsdp" gives gathered weights back after each use (ZeRO-3). "zero2" keeps them
+            whole from the first forward of a step to its last backward: more memory, and weights
+            are exchanged once in a step instead of twice in each micro-batch. With "ddp" nothing
+            is cut.
 
     Raises:
         ValueError: the model has no list of blocks.
     """
-    if world.size == 1:
+    if world.size == 1 or strategy == "ddp":
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -133,7 +146,7 @@ def shard(model: nn.Module, world: World) -> None:
         reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False
     )
     for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=strategy == "fsdp")
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):

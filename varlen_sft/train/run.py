@@ -115,8 +115,7 @@ class _Run:
         self.samples = Samples(config.log, held_out, folder, here)
         self.options = train_options(config.optim, total_steps(config, self.stream))
         self.model = load_model(config.model, folder, config.run.seed).to(here.device)
-        if config.dist.strategy == "fsdp":
-            shard(self.model, here)
+        shard(self.model, here, config.dist.strategy)
         self.optimizer = make_optimizer(config.optim, self.model)
         base = from_first(here, "base", partial(base_fingerprint, config.model, folder))
         self.parallel = Parallel(self.model, here, config.dist.strategy)
