@@ -442,6 +442,6 @@ def test_batches_are_pinned_where_asked(monkeypatch):
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self) or self)
     (step,) = part_of(Made(lengths(20)), {}, 1, pin=True, accumulate=1)
     assert any(value is step.batches[0].input_ids for value in pinned)
-    assert len(pinned) == 8  # every tensor of the one batch
+    assert len(pinned) == 9  # every tensor of the one batch
     part_of(Made(lengths(20)), {}, 1, pin=False, accumulate=1)
     assert len(pinned) == 8

@@ -172,6 +172,7 @@ def test_killed_at_twenty_instants_it_goes_on_bit_for_bit(tmp_path, out, ranks, 
     args = strategy, 4 // ranks
     whole = on_ranks(ranks, partial(run, **options), tmp_path / "whole", *args, wait_s=900)
     took = time.monotonic() - began
+    assert [of["ended"] for of in whole] == ["finished"] * ranks
     expected = [losses(tmp_path / "whole", rank) for rank in range(ranks)]
     draw, killed, last = random.Random(0), 0, 0
     while killed < 20:
