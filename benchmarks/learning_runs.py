@@ -32,7 +32,7 @@ __all__ = ["DIALOGUES", "STEPS", "Task", "fine_tune", "from_scratch"]
 STEPS, DIALOGUES = 8000, 30000
 FINE_DIALOGUES = 8000
 TURNS = (2, 4)
-SHORT = 0.3  # of a run: short dialogues alone, where to copy from is found sooner
+SHORT = 0.15  # of a run: short dialogues alone, where to copy from is found sooner
 SCRATCH = OptimConfig(lr=1e-3, warmup=0.02, floor=0.0)
 FINE = OptimConfig(lr=2e-4, warmup=0.05, floor=0.0)
 STREAM = {"max_tokens": 1024, "packs_per_step": 2, "accumulate": 1}

@@ -444,4 +444,4 @@ def test_batches_are_pinned_where_asked(monkeypatch):
     assert any(value is step.batches[0].input_ids for value in pinned)
     assert len(pinned) == 9  # every tensor of the one batch
     part_of(Made(lengths(20)), {}, 1, pin=False, accumulate=1)
-    assert len(pinned) == 8
+    assert len(pinned) == 9

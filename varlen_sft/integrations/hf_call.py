@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -57,10 +56,16 @@ def install_call(
     ]
 
 
-@cache  # made when it is used: to make it takes a second where nobody has imported dynamo yet
 def _reader() -> Any:
-    """``_read_pack``, which a compiled model runs outside its graphs."""
-    return torch.compiler.disable(_read_pack)
+    """``_read_pack`` as compiled models run it, outside their graphs.
+
+    Made when it is used: it takes a second where nobody has imported dynamo yet. It takes the
+    other's name, by which pickle and copies look for a hook.
+    """
+    global _read_pack
+    if not hasattr(_read_pack, "_torchdynamo_disable"):
+        _read_pack = torch.compiler.disable(_read_pack)
+    return _read_pack
 
 
 def share_call(base: nn.Module, module: nn.Module) -> None:
