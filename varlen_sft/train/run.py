@@ -204,8 +204,21 @@ class _Run:
 
     def export(self, place: Path) -> None:
         """The model for others, with tokenizer and template; rank 0 writes as long as it takes."""
-        self.model.save_pretrained(place, copy_from=self.folder)
-        from_first(self.here, "exported", bool)
+        failed: list[Exception] = []
+        try:
+            with naming_disk_errors(self.config.run.out):
+                self.model.save_pretrained(place, copy_from=self.folder)
+        except Exception as error:
+            if not self.here.is_first:
+                raise
+            failed.append(error)  # the others are told why before this rank, and its store, ends
+
+        def written() -> bool:
+            for error in failed:
+                raise error
+            return True
+
+        from_first(self.here, "exported", written)
 
 
 def _prepared(config: TrainConfig, folder: Path, here: World, preparing: Preparing) -> Sets:
