@@ -29,7 +29,7 @@ from varlen_sft.train.config import (
 
 __all__ = ["DIALOGUES", "STEPS", "Task", "fine_tune", "from_scratch"]
 
-STEPS, DIALOGUES = 8000, 30000
+STEPS, DIALOGUES = 7500, 24000
 FINE_DIALOGUES = 8000
 TURNS = (2, 4)
 SHORT = 0.15  # of a run: short dialogues alone, where to copy from is found sooner

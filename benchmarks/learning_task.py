@@ -24,6 +24,9 @@ SIZES = {
     "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4,
     "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 32,
 }  # fmt: skip
+_SYSTEM_KEPT = 14
+"""Every second dialogue has the system prompt, which is longer than the rest of it and always the
+same: one in seven of those is trained, so that time goes into what is new."""
 _HELD_OUT_SEED = 2 * 10**6  # no run's own
 
 
@@ -47,9 +50,14 @@ def draw(count: int, held_out: int, seed: int, min_turns: int, max_turns: int) -
     """
     talks = register_machine_conversations
     kept = list(dict.fromkeys(talks(3 * held_out, _HELD_OUT_SEED, min_turns, max_turns)))[:held_out]
-    short = [c for c in talks(2 * count, seed, 1, min_turns) if c.messages[0].role == "user"]
-    train = talks(count, seed, min_turns, max_turns)
+    short = [c for c in talks(count, seed, 1, min_turns) if _begins_with_user(c)]
+    drawn = enumerate(talks(2 * count, seed, min_turns, max_turns))
+    train = [c for k, c in drawn if _begins_with_user(c) or k % _SYSTEM_KEPT == 0]
     return Dialogues(_but(short, kept), _but(train, kept), kept)
+
+
+def _begins_with_user(dialogue: Conversation) -> bool:
+    return dialogue.messages[0].role == "user"
 
 
 def _but(drawn: Sequence[Conversation], held_out: Sequence[Conversation]) -> list[Conversation]:

@@ -1,8 +1,10 @@
-// One block walks the pack: each tile of 32 tokens per thread is read once, scanned, written.
+// A short pack is walked by one block, in one launch. A long one is cut into tiles of a block each
+// and takes two launches: ids to words and the Run of each tile (the only one that reads ids), then
+// words to cu_seqlens, behind the joined Runs of the tiles before.
 //
-// One block, because it needs no state that a second launch would have to zero (as decoupled
-// look-back does), because its result cannot depend on which block came first, and because a pack
-// is small: 128k ids are 1 MB and 4 tiles. Everything it shares with the CPU is in sequences.h.
+// Two launches and not one with decoupled look-back: nothing has to be zeroed beforehand, no block
+// waits for another, and no result depends on which block came first. Words wait in memory since
+// they are 1/64 of int64 ids. Everything that is shared with the CPU is in sequences.h.
 #pragma once
 
 #include "sequences.h"
@@ -10,6 +12,20 @@
 namespace varlen_sft {
 
 constexpr unsigned kWarp = 0xffffffffu;  // all lanes
+
+// How a long pack is cut: each tile is `rounds` words of every thread of its block.
+struct Cut {
+  int tiles;
+  int rounds;
+};
+
+// No more than `most` tiles, because every block of the second launch reads all of their Runs.
+inline Cut cut(int64_t total, int threads, int most) {
+  const int64_t round = int64_t{threads} * kWordTokens;
+  const int64_t rounds = (total + round * most - 1) / (round * most);
+  const int64_t tiles = (total + round * rounds - 1) / (round * rounds);
+  return {static_cast<int>(tiles), static_cast<int>(rounds)};
+}
 
 // The words of 1024 tokens from `first` on, one per lane. Lanes read side by side, so loads are
 // whole lines wherever the ids begin. Loads past the end are moved onto the last id, not switched
@@ -79,38 +95,114 @@ __device__ int32_t block_max(int32_t value, int32_t* exchange, int lane, int war
   return __reduce_max_sync(kWarp, lane < kWarps ? exchange[lane] : 0);
 }
 
-// cu_seqlens (capacity + 1,) is padded with `total`; count and longest are those of all sequences,
-// also where cu_seqlens cannot hold them. The 1 in the bounds gives a thread 64 registers: with the
-// 32 that the compiler would choose, a few loads are under way instead of kRows.
+// Writes the sequences that start in tokens `first` to `end`; returns the longest that ends there.
+// word_at gives each thread its word of the round that begins at a token. `done` is all that
+// precedes the round, the same in every thread, and is taken up to the end.
+template <int kThreads, typename WordAt>
+__device__ int32_t write_rounds(int64_t first, int64_t end, Run& done, int64_t capacity,
+                                int32_t* cu_seqlens, const WordAt& word_at) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ Run exchange[2][kWarps];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  int32_t longest = 0;
+  int parity = 0;
+  for (; first < end; first += kThreads * kWordTokens, parity ^= 1) {
+    const int64_t base = first + thread * kWordTokens;
+    const uint32_t word = word_at(first);
+    Run all;
+    const Run before =
+        block_scan<kWarps>(run_of_word(word, base), exchange[parity], all, lane, warp);
+    const int32_t ended = write_starts(word, base, join(done, before), capacity, cu_seqlens);
+    longest = ended > longest ? ended : longest;
+    done = join(done, all);
+  }
+  return longest;
+}
+
+// All blocks together fill cu_seqlens (capacity + 1,) with `total` from the last edge on.
+template <int kThreads>
+__device__ void pad(int64_t count, int64_t total, int64_t capacity, int32_t* cu_seqlens) {
+  const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  for (int64_t i = count + thread; i <= capacity; i += int64_t{gridDim.x} * kThreads)
+    cu_seqlens[i] = static_cast<int32_t>(total);
+}
+
+// count and longest are those of all sequences, also where cu_seqlens cannot hold them. The 1 in
+// the bounds gives a thread 64 registers: with the 32 that the compiler would choose, a few loads
+// are under way instead of kRows.
 template <typename Id, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
     sequences_kernel(const Id* ids, int64_t total, int64_t capacity, int32_t* cu_seqlens,
                      int32_t* count, int32_t* longest) {
   constexpr int kWarps = kThreads / 32;
-  __shared__ Run exchange[2][kWarps];
-  __shared__ int32_t exchange_max[kWarps];
+  __shared__ int32_t exchange[kWarps];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  Run done;  // the tiles so far, the same in every thread
-  int32_t own_longest = 0;
-  int parity = 0;
-  for (int64_t tile = 0; tile < total; tile += kThreads * kWordTokens, parity ^= 1) {
-    const int64_t first = tile + warp * 32 * kWordTokens, base = first + lane * kWordTokens;
-    const uint32_t word = warp_words(ids, first, total, lane);
-    Run all;
-    const Run before =
-        block_scan<kWarps>(run_of_word(word, base), exchange[parity], all, lane, warp);
-    const int32_t ended = write_starts(word, base, join(done, before), capacity, cu_seqlens);
-    own_longest = ended > own_longest ? ended : own_longest;
-    done = join(done, all);
-  }
-  const int32_t ended = block_max<kWarps>(own_longest, exchange_max, lane, warp);
+  Run done;
+  const auto word_at = [=](int64_t first) {
+    return warp_words(ids, first + warp * 32 * kWordTokens, total, lane);
+  };
+  const int32_t own = write_rounds<kThreads>(0, total, done, capacity, cu_seqlens, word_at);
+  const int32_t ended = block_max<kWarps>(own, exchange, lane, warp);
   if (thread == 0) {
     const int32_t open = static_cast<int32_t>(total) - done.last;
     *count = done.count;
     *longest = ended > open ? ended : open;
   }
-  for (int64_t i = done.count + int64_t{thread}; i <= capacity; i += kThreads)
-    cu_seqlens[i] = static_cast<int32_t>(total);
+  pad<kThreads>(done.count, total, capacity, cu_seqlens);
+}
+
+// First launch of a long pack: `words` has one for each thread and round, those past the end 0.
+template <typename Id, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+    words_kernel(const Id* ids, int64_t total, int rounds, Run* runs, uint32_t* words,
+                 int32_t* longest) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ Run exchange[kWarps];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  Run own;
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t row = (int64_t{blockIdx.x} * rounds + round) * kThreads;  // of words
+    const uint32_t word = warp_words(ids, (row + warp * 32) * kWordTokens, total, lane);
+    words[row + thread] = word;
+    own = join(own, run_of_word(word, (row + thread) * kWordTokens));
+  }
+  Run all;
+  block_scan<kWarps>(own, exchange, all, lane, warp);
+  if (thread == 0) runs[blockIdx.x] = all;
+  if (thread == 0 && blockIdx.x == 0) *longest = 0;  // where the second launch takes maxima
+}
+
+// Second launch, of as many blocks. Each joins the Runs before its tile, to know where it writes,
+// and all of them, to know what the pads follow. The longest is a maximum of integers, which no
+// order of blocks changes.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    starts_kernel(const Run* runs, const uint32_t* words, int64_t total, int rounds,
+                  int64_t capacity, int32_t* cu_seqlens, int32_t* count, int32_t* longest) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ Run exchange[2][kWarps];
+  __shared__ int32_t exchange_max[kWarps];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int tile = static_cast<int>(blockIdx.x), tiles = static_cast<int>(gridDim.x);
+  Run own_done, own_all, done, all;
+  for (int i = thread; i < tiles; i += kThreads) {
+    const Run run = runs[i];
+    own_done = join(own_done, i < tile ? run : Run{});
+    own_all = join(own_all, run);
+  }
+  block_scan<kWarps>(own_done, exchange[0], done, lane, warp);
+  block_scan<kWarps>(own_all, exchange[1], all, lane, warp);
+  const int64_t tokens = int64_t{rounds} * kThreads * kWordTokens, first = tile * tokens;
+  const int64_t end = first + tokens < total ? first + tokens : total;
+  const auto word_at = [=](int64_t token) { return words[token / kWordTokens + thread]; };
+  const int32_t own = write_rounds<kThreads>(first, end, done, capacity, cu_seqlens, word_at);
+  const int32_t ended = block_max<kWarps>(own, exchange_max, lane, warp);
+  if (thread == 0) {
+    const int32_t open = static_cast<int32_t>(total) - all.last;
+    atomicMax(longest, ended > open ? ended : open);
+    if (tile == 0) *count = all.count;
+  }
+  pad<kThreads>(all.count, total, capacity, cu_seqlens);
 }
 
 }  // namespace varlen_sft

@@ -94,7 +94,8 @@ def test_a_step_is_seen_whole(results: dict[str, dict]):
     """Two layers and a head, there and back; GPU implementations, not their references."""
     step = results["step default"]
     turns = ["rope", "rope"]
-    assert step["bodies"] == [*turns, "linear_cross_entropy", *turns]
+    head = ["linear_cross_entropy", "linear_cross_entropy_backward"]
+    assert step["bodies"] == [*turns, *head, *turns]
     assert step["ops"] > 300
     picked = step["picked"]
     assert picked["rope"] == picked["cross_entropy"] == ["triton"]

@@ -46,7 +46,8 @@ class LossOptions:
     z_loss: float = 0.0
     """Weight of lse^2, which keeps the partition function near one (PaLM, 2204.02311)."""
     chunk_bytes: int = 512 * 2**20
-    """Bytes of logits that exist at a time."""
+    """Bytes of logits that exist at a time; more where the sum of the weight's gradient over chunks
+    would take as much more."""
 
     def __post_init__(self) -> None:
         if self.softcap < 0 or self.z_loss < 0:

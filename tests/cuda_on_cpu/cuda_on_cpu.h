@@ -1,9 +1,10 @@
-// Enough of CUDA to run one block of a kernel on a CPU: a std::thread for each CUDA thread, real
-// barriers, and warp functions that exchange values between lanes. Where a kernel lacks a barrier,
-// threads run into each other here as they may on a GPU.
+// Enough of CUDA to run a kernel on a CPU, one block at a time: a std::thread for each CUDA thread,
+// real barriers, and warp functions that exchange values between lanes. Where a kernel lacks a
+// barrier, threads run into each other here as they may on a GPU.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <chrono>
 #include <cstdint>
@@ -38,6 +39,7 @@ struct Index {
 };
 
 inline Block* block;
+inline Index block_index, grid_size;
 inline thread_local Index thread_index;
 
 // Gives f the values of all 32 lanes.
@@ -53,7 +55,7 @@ auto in_warp(T value, F f) {
 }
 
 template <typename F>
-void launch(int threads, const F& kernel) {
+void run_block(int threads, const F& kernel) {
   Block here(threads);
   block = &here;
   std::vector<std::thread> running;
@@ -65,9 +67,21 @@ void launch(int threads, const F& kernel) {
   for (std::thread& thread : running) thread.join();
 }
 
+// The last block runs first: on a GPU any order may be, and what relies on one relies on 0, 1, 2.
+template <typename F>
+void launch(int blocks, int threads, const F& kernel) {
+  grid_size.x = blocks;
+  for (int i = blocks; i-- > 0;) {
+    block_index.x = i;
+    run_block(threads, kernel);
+  }
+}
+
 }  // namespace cuda_on_cpu
 
 #define threadIdx cuda_on_cpu::thread_index
+#define blockIdx cuda_on_cpu::block_index
+#define gridDim cuda_on_cpu::grid_size
 
 // Later warps are slow to go on, so that what the first one does too early is seen by the others.
 inline void __syncthreads() {
@@ -99,4 +113,13 @@ template <typename T>
 T __reduce_max_sync(unsigned, T value) {
   return cuda_on_cpu::in_warp(value,
                               [](const T* lanes) { return *std::max_element(lanes, lanes + 32); });
+}
+
+template <typename T>
+T atomicMax(T* address, T value) {
+  std::atomic_ref<T> shared(*address);
+  T old = shared.load();
+  while (old < value && !shared.compare_exchange_weak(old, value)) {
+  }
+  return old;
 }

@@ -16,7 +16,7 @@ from varlen_sft.ops.cross_entropy import (
     masked_cross_entropy,
     supervised_rows,
 )
-from varlen_sft.ops.cross_entropy_chunks import Head
+from varlen_sft.ops.cross_entropy_chunks import Head, chunk_rows, defers, fits_one_chunk
 from varlen_sft.ops.sequences import sequences_from_lengths
 from varlen_sft.types import Sequences
 
@@ -240,7 +240,7 @@ def test_a_gradient_of_one_chunk_is_rounded_once():
     scored = torch.cat((torch.randperm(50, generator=draw)[:37], torch.full((3,), -1)))
     third = torch.tensor(1 / 3)
     dhidden, dweight, dbias = torch.ops.varlen_sft.linear_cross_entropy_backward(
-        dlogits, scored, hidden, weight, third, True, True, True
+        dlogits, scored, torch.empty(0), hidden, weight, third, True, True, True
     )
     dlogits, hidden, weight, third = (x.double() for x in (dlogits[:37], hidden, weight, third))
     want = torch.zeros(50, 8, dtype=torch.float64)
@@ -248,6 +248,45 @@ def test_a_gradient_of_one_chunk_is_rounded_once():
     assert torch.equal(dhidden, want.bfloat16())
     assert torch.equal(dweight, (dlogits.T @ hidden[scored[:37]] * third).bfloat16())
     assert torch.equal(dbias, (dlogits.sum(0) * third).bfloat16())
+
+
+def test_factors_of_rows_go_into_the_gradients_of_one_chunk():
+    """Powers of two round nothing; what is behind the last row was never written."""
+    draw = torch.Generator().manual_seed(0)
+    whole = [torch.randint(-2, 3, shape, generator=draw) for shape in [(40, 70), (50, 8), (70, 8)]]
+    dlogits, hidden, weight = (x.bfloat16() for x in whole)
+    dlogits[37:] = torch.nan
+    rows = torch.randperm(50, generator=draw)[:37]
+    factor = 2.0 ** torch.randint(-3, 1, (40,), generator=draw)
+    dhidden, dweight, dbias = torch.ops.varlen_sft.linear_cross_entropy_backward(
+        dlogits, torch.cat((rows, torch.full((3,), -1))), factor, hidden, weight,
+        torch.tensor(0.5), True, True, True,
+    )  # fmt: skip
+    scaled = dlogits[:37].double() * factor[:37, None] / 2
+    want = torch.zeros(50, 8, dtype=torch.float64)
+    want[rows] = scaled @ weight.double()
+    assert torch.equal(dhidden.double(), want)
+    torch.testing.assert_close(
+        dweight.double(), scaled.T @ hidden[rows].double(), rtol=2**-8, atol=0
+    )
+    torch.testing.assert_close(dbias.double(), scaled.sum(0), rtol=2**-8, atol=0)
+
+
+def test_how_many_rows_are_one_chunk():
+    """Llama 3's head: 512 MiB are 2,093 rows in bf16; its dW is 1 GiB, in fp32 2."""
+    bf16, fp32 = (
+        torch.empty(128_256, 4096, dtype=d, device="meta") for d in (torch.bfloat16, torch.float32)
+    )
+    half = 2**29
+    assert [chunk_rows(x, half, False) for x in (bf16, fp32)] == [2048, 1024]
+    assert [chunk_rows(x, half, True) for x in (bf16, fp32)] == [4096, 4096]
+    assert chunk_rows(bf16, 2**31, True) == 8320 and chunk_rows(bf16, 1, False) == 128
+    # What the fp32 sum takes more than the gradient: 4,096 rows of logits.
+    assert fits_one_chunk(8192, bf16, half, True) and not fits_one_chunk(8193, bf16, half, True)
+    assert fits_one_chunk(4096, fp32, half, True) and not fits_one_chunk(4097, fp32, half, True)
+    assert not fits_one_chunk(2049, bf16, half, False)
+    assert defers(8192, bf16, half, True) and not defers(8193, bf16, half, True)
+    assert not defers(128, bf16.half(), half, True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

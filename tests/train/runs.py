@@ -66,7 +66,7 @@ def build(
     here: World, strategy: str, dtype: torch.dtype, options: TrainOptions, score: Any = None
 ) -> Loop:
     """A tiny tied Llama, the same on every rank."""
-    llama = tiny_model(tiny_hf_config(tie_word_embeddings=True), dtype)
+    llama = tiny_model(tiny_hf_config(tie_word_embeddings=True), dtype).to(here.device)
     shard(llama, here, strategy)
     optimizer = MasterAdamW(llama, weight_decay=0.1, eps=EPS)
     return Loop(Parallel(llama, here, strategy, score=score), optimizer, options, capacity=128)

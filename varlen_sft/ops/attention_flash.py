@@ -210,18 +210,15 @@ def _torch_varlen(call: _Call) -> Tensor:
     from torch.nn.attention import varlen
 
     function: Callable = varlen.varlen_attn
-    k, v, more = call.k, call.v, {}
-    groups = call.q.shape[1] // k.shape[1]
-    if groups > 1 and "enable_gqa" in inspect.signature(function).parameters:
-        more = {"enable_gqa": True}
-    elif groups > 1:  # torch 2.11 knows one count of heads
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    # torch 2.11 has no word for groups of heads, and hands them to a kernel that takes them.
+    groups = call.q.shape[1] != call.k.shape[1]
+    asks = groups and "enable_gqa" in inspect.signature(function).parameters
     left = -1 if call.window_size is None else call.window_size - 1
     return function(
-        query=call.q, key=k, value=v,
+        query=call.q, key=call.k, value=call.v,
         cu_seq_q=call.cu_seqlens_q, cu_seq_k=call.cu_seqlens_k,
         max_q=call.max_seqlen_q, max_k=call.max_seqlen_k,
-        scale=call.softmax_scale, window_size=(left, 0), **more,
+        scale=call.softmax_scale, window_size=(left, 0), **({"enable_gqa": True} if asks else {}),
     )  # fmt: skip
 
 

@@ -12,32 +12,47 @@ from varlen_sft.ops.cross_entropy_rows import (
     ROW_MULTIPLE,
     RowScores,
     check_values,
+    leaves_factor,
     score_rows,
     supervised_rows,
 )
 from varlen_sft.types import IGNORE_INDEX, accumulation_dtype
 
 
-def chunk_rows(weight: Tensor, chunk_bytes: int) -> int:
-    """Rows of logits that fit into chunk_bytes, a multiple of 128 and at least that."""
+def chunk_rows(weight: Tensor, chunk_bytes: int, need_dweight: bool) -> int:
+    """Rows of logits at a time, a multiple of 128 and at least that.
+
+    As many as fit into chunk_bytes. A gradient of the weight (V, C) that is summed over chunks is
+    rounded to its dtype at the end: C rows of logits take no more memory than what is made there.
+    """
     row_bytes = weight.shape[0] * weight.element_size()
-    return max(ROW_MULTIPLE, chunk_bytes // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
+    rows = max(chunk_bytes // row_bytes, weight.shape[1] if need_dweight else 0)
+    return max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE)
 
 
-def fits_one_chunk(total: int, weight: Tensor, chunk_bytes: int) -> bool:
-    """Whether ``total`` rows, supervised or not, are one chunk: their gradient is no sum then."""
-    return total <= chunk_rows(weight, chunk_bytes)
+def fits_one_chunk(total: int, weight: Tensor, chunk_bytes: int, need_dweight: bool) -> bool:
+    """Whether ``total`` rows, supervised or not, are one chunk: their gradient is no sum then.
+
+    What a sum over chunks would take beside the gradient, fp32 where it is bf16, logits may take
+    instead: the peak is the same, and nothing is added up or rounded in passes of its own.
+    """
+    rows = chunk_rows(weight, chunk_bytes, need_dweight)
+    if need_dweight:
+        wide, narrow = accumulation_dtype(weight.dtype).itemsize, weight.element_size()
+        rows += weight.shape[1] * (wide - narrow) // narrow
+    return total <= rows
 
 
-def defers(hidden: Tensor, weight: Tensor, total: int, chunk_bytes: int, impl: str) -> bool:
+def defers(total: int, weight: Tensor, chunk_bytes: int, need_dweight: bool) -> bool:
     """Whether gradients are multiplied in the backward, where the factor of the loss is known.
 
-    On a CPU a product takes the factor for nothing and rounds once with it; a gradient that was
-    rounded before would be swept again and rounded again. The logits of one chunk then live until
-    the head's backward, which is the next thing that runs: the peak stays what it is.
+    A product, or a small matrix beside it, takes the factor for nothing and rounds once with it; a
+    gradient that was rounded before would be swept again and rounded again. The logits of one chunk
+    then live until the head's backward, which is the next thing that runs: the peak stays what it
+    is. fp16 has no exponents for such a factor on a device, where no product takes it.
     """
-    one = fits_one_chunk(total, weight, chunk_bytes)
-    return one and hidden.device.type == "cpu" and impl != "triton"
+    held = weight.dtype != torch.float16 or weight.device.type == "cpu"
+    return held and fits_one_chunk(total, weight, chunk_bytes, need_dweight)
 
 
 @cache
@@ -78,43 +93,55 @@ class Head:
         # Pads (-1) write to a row of their own behind the last, so that nothing is added and the
         # result has no order: adding by index would be atomic on a GPU.
         total = hidden.shape[0] + 1
-        self.dhidden = hidden.new_zeros((total, hidden.shape[1]) if needs[0] else 0)
-        self.dweight = hidden.new_empty(0)
-        self.dbias = hidden.new_zeros(weight.shape[0] if needs[2] else 0, dtype=self.accumulate)
-        self.dlogits = hidden.new_empty(0)
         self.sums = [hidden.new_zeros((), dtype=self.accumulate) for _ in range(2)]
         self.per_row = [
             hidden.new_zeros(total, dtype=dtype)
             for dtype in (self.accumulate, self.accumulate, torch.bool, self.accumulate)
         ]
+        self.dhidden, self.dweight, self.dlogits = (hidden.new_empty(0) for _ in range(3))
+        self.dbias, self.factor = (hidden.new_empty(0, dtype=self.accumulate) for _ in range(2))
 
     def run(
         self, labels: Tensor, token_weights: Tensor, rows: Tensor | None, chunk_bytes: int
     ) -> tuple[Tensor, ...]:
         """LossOutput's fields, then gradients of hidden, weight, bias (empty if not needed).
 
-        The last are the gradient of the logits and the rows it is of, padded with -1: these instead
-        of the others, if they are left to the backward (``defers``).
+        The last are the gradient of the logits, the rows it is of, padded with -1, and the factor
+        of each (``RowScores``; empty: 1): these instead of the others, if they are left to the
+        backward (``defers``).
         """
         check_values(labels, token_weights, self.weight.shape[0])
         total = len(labels) if rows is None else len(rows)
-        self.one_chunk = fits_one_chunk(total, self.weight, chunk_bytes)
-        kept = total if defers(self.hidden, self.weight, total, chunk_bytes, self.impl) else 0
-        scored = labels.new_full((kept if any(self.needs) else 0,), -1)
+        self.one_chunk = fits_one_chunk(total, self.weight, chunk_bytes, self.needs[1])
+        later = any(self.needs) and defers(total, self.weight, chunk_bytes, self.needs[1])
+        scored = labels.new_full((total if later else 0,), -1)
         rows = self._checked(supervised_rows(labels, token_weights) if rows is None else rows)
-        if len(scored):
+        self._allocate(len(scored))
+        if later:
             scored[: len(rows)] = rows
-            self.dlogits = self.hidden.new_empty(kept, self.weight.shape[0])
-            self.dhidden = self.hidden.new_empty(0)
-            self.dbias = self.dbias.new_empty(0)
-        elif self.needs[1] and not self.one_chunk:
-            # Sums over chunks are held in fp32: bf16 loses a late chunk beside many earlier ones.
-            self.dweight = self.weight.new_zeros(self.weight.shape, dtype=self.accumulate)
-        for chunk in rows.split(chunk_rows(self.weight, chunk_bytes)):
+        size = len(rows) if self.one_chunk else chunk_rows(self.weight, chunk_bytes, self.needs[1])
+        for chunk in rows.split(max(size, 1)):
             self._add_chunk(chunk, labels, token_weights)
         per_row = (out[:-1] for out in self.per_row)
         gradients = self.dhidden[:-1], self.dweight, self.dbias
-        return *self.sums, *per_row, *gradients, self.dlogits, scored
+        return *self.sums, *per_row, *gradients, self.dlogits, scored, self.factor
+
+    def _allocate(self, kept: int) -> None:
+        """What chunks write to: the gradients, or the ``kept`` rows of those of the logits."""
+        need_dhidden, need_dweight, need_dbias = self.needs
+        vocab = self.weight.shape[0]
+        if kept:
+            self.dlogits = self.hidden.new_empty(kept, vocab)
+            factors = kept if leaves_factor(self.impl, self.hidden.dtype, self.options) else 0
+            self.factor = self.hidden.new_zeros(factors, dtype=self.accumulate)
+            return
+        if need_dhidden:
+            self.dhidden = self.hidden.new_zeros(len(self.hidden) + 1, self.hidden.shape[1])
+        if need_dbias:
+            self.dbias = self.hidden.new_zeros(vocab, dtype=self.accumulate)
+        if need_dweight and not self.one_chunk:
+            # Sums over chunks are held in fp32: bf16 loses a late chunk beside many earlier ones.
+            self.dweight = self.weight.new_zeros(self.weight.shape, dtype=self.accumulate)
 
     def _checked(self, rows: Tensor) -> Tensor:
         """The rows; on the CPU only the real ones, without the -1 that pad them."""
@@ -149,6 +176,8 @@ class Head:
             out.index_copy_(0, place, value)
         if not len(self.dlogits):
             self._add_gradients(logits, inputs, scores, place)
+        elif scores.factor is not None:
+            self.factor[: len(rows)] = scores.factor
 
     def _add_gradients(
         self, dlogits: Tensor, inputs: Tensor, scores: RowScores, place: Tensor
@@ -157,28 +186,16 @@ class Head:
         need_dhidden, need_dweight, need_dbias = self.needs
         factor = None if scores.factor is None else scores.factor[:, None]
         if need_dhidden:
-            dinputs = self._product(dlogits, self.weight, wide=factor is not None)
-            self.dhidden.index_copy_(0, place, self._times(dinputs, factor))
+            dinputs = _product(dlogits, self.weight, wide=factor is not None)
+            self.dhidden.index_copy_(0, place, _times(dinputs, factor, self.hidden.dtype))
         if need_dweight:
-            self._add_dweight(dlogits, self._times(inputs, factor))
+            self._add_dweight(dlogits, _times(inputs, factor, self.hidden.dtype))
         if need_dbias:
             if factor is None:
                 self.dbias += dlogits.sum(0, dtype=self.accumulate)
             else:
                 row = factor.T.to(dlogits.dtype)
-                self.dbias += self._product(row, dlogits, wide=True)[0]
-
-    def _times(self, x: Tensor, factor: Tensor | None) -> Tensor:
-        """x * factor, computed in fp32 and rounded once to the dtype of hidden."""
-        if factor is None:
-            return x
-        return torch.mul(x, factor, out=torch.empty_like(x, dtype=self.hidden.dtype))
-
-    def _product(self, a: Tensor, b: Tensor, wide: bool) -> Tensor:
-        """a @ b, with ``wide`` in fp32 where that costs no pass of its own."""
-        if wide and a.dtype != self.accumulate and _multiplies_into_fp32(a.device.type):
-            return torch.mm(a, b, out_dtype=self.accumulate)
-        return a @ b
+                self.dbias += _product(row, dlogits, wide=True)[0]
 
     def _add_dweight(self, dlogits: Tensor, inputs: Tensor) -> None:
         if self.one_chunk:
@@ -196,9 +213,28 @@ class Head:
             self.dweight += dlogits.T @ inputs
 
 
+def _times(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x * factor, computed in fp32 and rounded once to the dtype."""
+    if factor is None:
+        return x
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+
+
+def _product(a: Tensor, b: Tensor, wide: bool) -> Tensor:
+    """a @ b, with ``wide`` in fp32 where that costs no pass of its own."""
+    accumulate = accumulation_dtype(a.dtype)
+    if wide and a.dtype != accumulate and _multiplies_into_fp32(a.device.type):
+        return torch.mm(a, b, out_dtype=accumulate)
+    return a @ b
+
+
+# ------------------------------------------------------------- in the backward
+
+
 def deferred_gradients(
     dlogits: Tensor,
     scored: Tensor,
+    factor: Tensor,
     hidden: Tensor,
     weight: Tensor,
     dloss: Tensor,
@@ -207,25 +243,53 @@ def deferred_gradients(
     """dloss * the gradients of hidden, weight and bias (empty if not needed), each rounded once.
 
     Args:
-        dlogits: (n, V), d loss_sum / d logits in its first rows.
+        dlogits: (n, V), in its first rows d loss_sum / d logits up to ``factor``.
         scored: (n,) int64, the rows of hidden that they belong to, then -1.
+        factor: (n,) fp32, or empty for ones.
         hidden: (T, C).
         weight: (V, C).
-        dloss: () on the CPU.
+        dloss: ().
     """
-    rows = scored[scored >= 0]
-    dlogits, factor = dlogits[: len(rows)], dloss.item()
-    dhidden = torch.zeros_like(hidden) if needs[0] else hidden.new_empty(0)
+    if dloss.is_cpu:
+        scored = scored[scored >= 0]  # what is behind these was never written
+        dlogits = dlogits[: len(scored)]
+        if not len(factor):
+            return _by_alpha(dlogits, scored, hidden, weight, dloss, needs)
+        factor = factor[: len(scored)]
+    factor = (dloss * factor if len(factor) else dloss.expand(len(scored)))[:, None]
+    return _by_rows(dlogits, scored, factor, hidden, weight, needs)
+
+
+def _by_alpha(dlogits, rows, hidden, weight, dloss, needs) -> tuple[Tensor, Tensor, Tensor]:
+    """The products take the factor of the loss, which the CPU knows."""
+    alpha = dloss.item()
+    dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
     if needs[0]:
-        dhidden.index_copy_(0, rows, _scaled_product(dlogits, weight, factor))
-    dweight = _scaled_product(dlogits.T, hidden[rows], factor) if needs[1] else hidden.new_empty(0)
-    dbias = hidden.new_empty(0)
+        dhidden = torch.zeros_like(hidden)
+        dhidden.index_copy_(0, rows, _scaled_product(dlogits, weight, alpha))
+    if needs[1]:
+        dweight = _scaled_product(dlogits.T, hidden[rows], alpha)
     if needs[2]:
         wide = dlogits.sum(0, dtype=accumulation_dtype(hidden.dtype)) * dloss
         dbias = wide.to(hidden.dtype)
     return dhidden, dweight, dbias
 
 
-def _scaled_product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+def _by_rows(dlogits, scored, factor, hidden, weight, needs) -> tuple[Tensor, Tensor, Tensor]:
+    """The small matrices beside the products take the factors: nothing waits for the device."""
+    total, dtype = len(hidden), hidden.dtype
+    dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
+    if needs[0]:
+        wide = _times(_product(dlogits, weight, wide=True), factor, dtype)
+        dhidden = hidden.new_zeros(total + 1, hidden.shape[1])  # pads write to the last
+        dhidden = dhidden.index_copy_(0, torch.where(scored >= 0, scored, total), wide)[:-1]
+    if needs[1]:
+        dweight = dlogits.T @ _times(hidden[scored.clamp(min=0)], factor, dtype)
+    if needs[2]:
+        dbias = _product(factor.T.to(dtype), dlogits, wide=True)[0].to(dtype)
+    return dhidden, dweight, dbias
+
+
+def _scaled_product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     out = a.new_empty(a.shape[0], b.shape[1])
-    return torch.addmm(out, a, b, beta=0, alpha=factor, out=out)
+    return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)

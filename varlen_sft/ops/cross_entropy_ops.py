@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from varlen_sft.ops.cross_entropy_chunks import Head, deferred_gradients, defers, fits_one_chunk
-from varlen_sft.ops.cross_entropy_rows import RowScores, check_values, score_rows
+from varlen_sft.ops.cross_entropy_rows import RowScores, check_values, leaves_factor, score_rows
 from varlen_sft.types import accumulation_dtype
 
 
@@ -147,7 +147,9 @@ def _linear(
     need_dweight: bool,
     need_dbias: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
     head = Head(hidden, weight, bias, (need_dhidden, need_dweight, need_dbias), options, impl)
     return head.run(labels, token_weights, rows, chunk_bytes)  # type: ignore[return-value]
 
@@ -157,9 +159,10 @@ def _(hidden, weight, bias, labels, token_weights, rows, options, chunk_bytes, n
       need_dweight, need_dbias, impl):  # fmt: skip
     accumulate = accumulation_dtype(hidden.dtype)
     total = hidden.shape[0] if rows is None else rows.shape[0]
-    one = fits_one_chunk(total, weight, chunk_bytes)
-    later = defers(hidden, weight, total, chunk_bytes, impl)
+    one = fits_one_chunk(total, weight, chunk_bytes, need_dweight)
+    later = defers(total, weight, chunk_bytes, need_dweight)
     kept = total if later and (need_dhidden or need_dweight or need_dbias) else 0
+    factors = kept if leaves_factor(impl, hidden.dtype, options) else 0
     return (
         *_fake_fields(hidden, labels),
         hidden.new_empty(hidden.shape if need_dhidden and not kept else 0),
@@ -170,6 +173,7 @@ def _(hidden, weight, bias, labels, token_weights, rows, options, chunk_bytes, n
         hidden.new_empty(weight.shape[:1] if need_dbias and not kept else 0, dtype=accumulate),
         hidden.new_empty((kept, weight.shape[0]) if kept else 0),
         labels.new_empty(kept),
+        hidden.new_empty(factors, dtype=accumulate),
     )
 
 
@@ -177,6 +181,7 @@ def _(hidden, weight, bias, labels, token_weights, rows, options, chunk_bytes, n
 def _linear_gradients(
     dlogits: Tensor,
     scored: Tensor,
+    factor: Tensor,
     hidden: Tensor,
     weight: Tensor,
     dloss: Tensor,
@@ -185,11 +190,11 @@ def _linear_gradients(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = need_dhidden, need_dweight, need_dbias
-    return deferred_gradients(dlogits, scored, hidden, weight, dloss, needs)
+    return deferred_gradients(dlogits, scored, factor, hidden, weight, dloss, needs)
 
 
 @_linear_gradients.register_fake
-def _(dlogits, scored, hidden, weight, dloss, need_dhidden, need_dweight, need_dbias):
+def _(dlogits, scored, factor, hidden, weight, dloss, need_dhidden, need_dweight, need_dbias):
     return (
         hidden.new_empty(hidden.shape if need_dhidden else 0),
         hidden.new_empty(weight.shape if need_dweight else 0),
@@ -207,7 +212,7 @@ def _linear_setup(ctx, inputs, output) -> None:
 
 
 def _linear_backward(ctx, dloss: Tensor, *_):
-    if len(ctx.saved_tensors) == 4:
+    if len(ctx.saved_tensors) == 5:
         made = _linear_gradients(*ctx.saved_tensors, dloss, *ctx.needs)
     else:
         made = tuple(

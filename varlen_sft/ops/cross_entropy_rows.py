@@ -56,6 +56,16 @@ class RowScores(NamedTuple):
         return (self.loss * self.weight).sum(), self.weight.sum()
 
 
+def sweeps_twice(dtype: torch.dtype, options: list[float]) -> bool:
+    """Whether Triton's kernel needs a row's sum before its first gradient; see that module."""
+    return dtype == torch.float16 or options[2] != 0
+
+
+def leaves_factor(impl: str, dtype: torch.dtype, options: list[float]) -> bool:
+    """Whether ``score_rows`` with write_grad leaves a factor per row beside the logits."""
+    return impl == "triton" and not sweeps_twice(dtype, options)
+
+
 def score_rows(
     logits: Tensor,  # (n, V), overwritten by its gradient when write_grad
     labels: Tensor,  # (n,) int64

@@ -24,6 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
+from varlen_sft.ops.cross_entropy_rows import sweeps_twice
 from varlen_sft.ops.cross_entropy_triton_kernels import ce_backward_kernel, ce_rows_kernel
 from varlen_sft.ops.launch import KernelVariant
 
@@ -89,11 +90,6 @@ def _constants(options: list[float]) -> dict[str, bool]:
         "SMOOTHING": label_smoothing != 0,
         "Z_LOSS": z_loss != 0,
     }
-
-
-def sweeps_twice(dtype: torch.dtype, options: list[float]) -> bool:
-    """Whether a row's sum is needed before its first gradient; see the module."""
-    return dtype == torch.float16 or options[2] != 0
 
 
 def score_rows_triton(

@@ -58,7 +58,7 @@ def rope_kernel(
     q_out, k_out, q, k,  # (T, H, D) and (T, K, D); q_out and k_out may be q and k
     cos, sin,  # (P, HALF) fp32
     position_ids,  # (T,)
-    in_range,  # () bool: becomes False when a position id is outside [0, P)
+    in_range,  # () bool: becomes False when a position id is outside [0, P); None: nobody asks
     num_tokens: tl.int64, num_positions: tl.int64, position_stride: tl.int64,
     q_out_token_stride: tl.int64, q_out_head_stride: tl.int64,
     k_out_token_stride: tl.int64, k_out_head_stride: tl.int64,
@@ -122,8 +122,9 @@ def rope_kernel(
         if REST > 0:
             tl.store(y + past, rest, mask=copied)
 
-    bad = live & (valid == 0)
-    tl.store(in_range + tl.zeros_like(position), tl.zeros_like(bad), mask=bad)
+    if in_range is not None:
+        bad = live & (valid == 0)
+        tl.store(in_range + tl.zeros_like(position), tl.zeros_like(bad), mask=bad)
 
 
 # ------------------------------------------------------------------------ launch
@@ -173,7 +174,7 @@ def rope(
         q, k: fp32, bf16 or fp16, any strides with a contiguous last axis.
         cos, sin: (P, R/2) fp32, contiguous.
         position_ids: (T,) int32 or int64. One outside [0, P) makes NaN of what is written of that
-            token and fails ``torch._assert_async``; the host waits for nothing.
+            token and, unless inverse, fails ``torch._assert_async``; the host waits for nothing.
         interleaved, hf, inverse: as in ``apply_rope``; inverse turns back.
 
     Raises:
@@ -192,7 +193,8 @@ def rope(
     rest = 0 if q_out is q else q.shape[2] - 2 * half
     constants = _constants((q.shape[1], k.shape[1]), half, rest, q.element_size())
     strides = [stride for x in (q_out, k_out, q, k) for stride in x.stride()[:2]]
-    in_range = torch.ones((), dtype=torch.bool, device=q.device)
+    # What is turned back was turned before, by the same ids: that is no time to ask again.
+    in_range = None if inverse else torch.ones((), dtype=torch.bool, device=q.device)
     if tokens:
         with torch.cuda.device_of(q):  # Triton launches on the current device
             rope_kernel[(triton.cdiv(tokens, constants["BLOCK_T"]),)](
@@ -201,7 +203,8 @@ def rope(
                 **constants, INTERLEAVED=interleaved, HF=hf, INVERSE=inverse,
                 VEC=math.gcd(16, *strides), num_stages=1, enable_fp_fusion=not hf,
             )  # fmt: skip
-    torch._assert_async(in_range, "position_ids must be in [0, P)")
+    if in_range is not None:
+        torch._assert_async(in_range, "position_ids must be in [0, P)")
 
 
 # ------------------------------------------------------------------ compilations
@@ -245,8 +248,12 @@ def _variant(shape: tuple[int, int, int, int], dtype: str, *modes: str) -> Kerne
     }
     types = dict.fromkeys(("q_out", "k_out", "q", "k"), f"*{dtype}")
     types |= dict.fromkeys(("cos", "sin"), "*fp32")
-    types |= {"position_ids": "*i32" if "int32 ids" in modes else "*i64", "in_range": "*u1"}
+    types["position_ids"] = "*i32" if "int32 ids" in modes else "*i64"
+    types["in_range"] = "*u1"
     aligned = tuple(types)
+    if "backward" in modes:
+        constexprs["in_range"] = None
+        aligned = aligned[:-1]
     types |= dict.fromkeys((*SIZES, *STRIDES), "i64")
     return KernelVariant(
         name=" ".join(("rope", dtype, f"H={heads} K={kv_heads} D={dim} R={rotary}", *modes)),
