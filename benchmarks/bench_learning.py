@@ -14,16 +14,16 @@ import learning_runs
 import script
 from learning_broken import BATCHES, batches_from, cheapest_first
 from learning_runs import Task
-from learning_table import SECTIONS, goals, tables
+from learning_table import AS_IT_IS, SECTIONS, goals, tables
 
 HELP = """\
 Dialogues with a register machine: each answer is the machine's whole state, and a dialogue counts
 if every answer in it is right, character for character, with the model's own answers as its past.
 None of the held-out ones is trained on.
 
-  scratch   a Llama of 1.8M parameters, one token a character, random weights, as `varlen-sft train`
+  scratch   a Llama of 1.5M parameters, one token a character, random weights, as `varlen-sft train`
             trains it; read back and asked by transformers' generate
-  broken    the same steps with one thing wrong in each run: what is that worth
+  broken    shorter runs, as they should be and with one thing wrong in each: what is that worth
   order     the same with steps in order of cost, and with packs that nobody sorted
   finetune  SmolLM2-135M-Instruct, ten minutes; before and after
 
@@ -36,9 +36,11 @@ def variants(section: str) -> dict[str, tuple[dict[str, Any], AbstractContextMan
     if section == "order":
         return {
             "cheapest first": ({}, cheapest_first()),
+            "the same steps, shuffled": ({}, cheapest_first(shuffled=True)),
             "not sorted": ({"balance": "none"}, nullcontext()),
         }
-    broken: dict[str, Any] = {name: ({}, batches_from(make)) for name, make in BATCHES.items()}
+    broken: dict[str, Any] = {AS_IT_IS: ({}, nullcontext())}
+    broken |= {name: ({}, batches_from(make)) for name, make in BATCHES.items()}
     return broken | {"stream.isolate: false": ({"isolate": False}, nullcontext())}
 
 
@@ -56,7 +58,9 @@ def measure(section: str, args: argparse.Namespace, scratch: Path, say: Any) -> 
                 for name, (stream, meanwhile) in variants(section).items()}  # fmt: skip
     for number, (name, (seed, stream, meanwhile)) in enumerate(runs.items()):
         say(f"{section}: {name}")
-        task = Task(args.steps, args.dialogues, args.held_out, seed)
+        steps = args.steps if section == "scratch" else min(args.steps, args.variant_steps)
+        dialogues = round(args.dialogues * steps / args.steps)
+        task = Task(steps, dialogues, args.held_out, seed)
         with meanwhile:
             found[name] = learning_runs.from_scratch(task, scratch / f"{section}{number}", stream)
         say(f"  {found[name]['score']['share']:.1%} of dialogues, {found[name]['seconds']:.0f} s")
@@ -69,6 +73,8 @@ def main() -> int:
     add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="default: all")
     add("--seeds", type=int, default=2, help="of the runs from scratch (default: 2)")
     add("--steps", type=int, default=learning_runs.STEPS, help="of a run (default: %(default)s)")
+    add("--variant-steps", type=int, default=learning_runs.VARIANT_STEPS,
+        help="of a run of broken and order (default: %(default)s)")  # fmt: skip
     add("--dialogues", type=int, default=learning_runs.DIALOGUES, help="default: %(default)s")
     add("--held-out", type=int, default=200, help="dialogues (default: 200)")
     add("--fine-tuned", type=int, default=50, help="held-out dialogues of finetune (default: 50)")

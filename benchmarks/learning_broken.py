@@ -105,20 +105,23 @@ def batches_from(make: Maker) -> Iterator[None]:
 
 
 @contextmanager
-def cheapest_first(window: int = 128) -> Iterator[None]:
+def cheapest_first(window: int = 128, *, shuffled: bool = False) -> Iterator[None]:
     """The steps of a window in order of cost, instead of shuffled after they were sorted.
 
     Args:
         window: about how many steps; the package's own would be longer than a run.
+        shuffled: shuffle them nevertheless, to see what the window alone does.
     """
 
     def in_order(costs: np.ndarray, *_: object) -> np.ndarray:
         return np.argsort(costs, kind="stable")
 
+    own = balance._window_order
+
     options = partial(setup.OrderOptions, balance_steps=window)
     with (
         mock.patch.object(setup, "OrderOptions", options),
-        mock.patch.object(balance, "_window_order", in_order),
+        mock.patch.object(balance, "_window_order", own if shuffled else in_order),
     ):
         yield
 

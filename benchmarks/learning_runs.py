@@ -27,9 +27,10 @@ from varlen_sft.train.config import (
     TrainConfig,
 )
 
-__all__ = ["DIALOGUES", "STEPS", "Task", "fine_tune", "from_scratch"]
+__all__ = ["DIALOGUES", "STEPS", "VARIANT_STEPS", "Task", "fine_tune", "from_scratch"]
 
-STEPS, DIALOGUES = 7500, 24000
+STEPS, DIALOGUES = 6000, 20000
+VARIANT_STEPS = 3000
 FINE_DIALOGUES = 8000
 TURNS = (2, 4)
 SHORT = 0.15  # of a run: short dialogues alone, where to copy from is found sooner

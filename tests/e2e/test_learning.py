@@ -39,13 +39,16 @@ def test_a_tiny_llama_learns_the_machine_from_nothing(results):
     "name", ["mask one token late", "turns as samples", "stream.isolate: false"]
 )
 def test_what_is_broken_learns_worse(results, name):
-    whole = results["scratch"]["runs"]["seed 0"]["score"]
+    whole = results["broken"]["runs"]["as it is"]["score"]
     assert results["broken"]["runs"][name]["score"]["dialogues"] < whole["dialogues"]
 
 
 def test_positions_that_run_on_are_the_same_to_rope(results):
-    """Attention inside the sample sees differences of positions alone, so that all is learned."""
-    assert results["broken"]["runs"]["positions run on"]["score"]["share"] >= 0.95
+    """Attention inside the sample sees differences of positions alone, so that as much is learned:
+    within three standard deviations of the difference of two counts out of 200."""
+    runs = results["broken"]["runs"]
+    here, whole = (runs[name]["score"]["share"] for name in ("positions run on", "as it is"))
+    assert abs(here - whole) <= 3 * (2 * whole * (1 - whole) / 200) ** 0.5
 
 
 def test_fine_tuning_beats_its_start(results):
