@@ -57,7 +57,7 @@ gpu: RUN := $(or $(GPU_PYTHON),$(RUN))
 gpu: $(if $(GPU_PYTHON),,setup)
 	@$(RUN) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch " \
 	  + torch.__version__ + " finds no CUDA device here, so there is nothing to run.")'
-	$(RUN) -m pytest -m gpu $$(grep -rl --include='test_*.py' 'mark\.gpu' tests) $(ARGS)
+	$(RUN) -m pytest -m gpu -p no:benchmark $$(grep -rl --include='test_*.py' 'mark\.gpu' tests) $(ARGS)
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(RUN) benchmarks/bench_gpu.py
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(RUN) benchmarks/bench_gpu_step.py
 

@@ -29,8 +29,8 @@ from varlen_sft.train.config import (
 
 __all__ = ["DIALOGUES", "STEPS", "VARIANT_STEPS", "Task", "fine_tune", "from_scratch"]
 
-STEPS, DIALOGUES = 6000, 20000
-VARIANT_STEPS = 3000
+STEPS, DIALOGUES = 9000, 30000
+VARIANT_STEPS = 4000
 FINE_DIALOGUES = 8000
 TURNS = (2, 4)
 SHORT = 0.15  # of a run: short dialogues alone, where to copy from is found sooner

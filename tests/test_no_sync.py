@@ -24,8 +24,10 @@ pytestmark = pytest.mark.skipif(
 
 ROOT = Path(__file__).parents[1]
 STEPS = [f"step {rope}" for rope in ("default", "yarn", "llama3", "dynamic", "longrope")]
-OPS = ["rope", "rope interleaved hf", "linear rows", "linear no rows", "masked"]
+OPS = ["rope", "rope interleaved hf", "elementwise", "linear rows", "linear no rows", "masked"]
+OPS += ["linear rows whole", "linear no rows whole"]
 OPS += ["masked sequences", "sequences capacity", "loop"]
+DWEIGHT = "rms_norm_dweight_kernel"
 WAITING = ["step spoilt forward", "step spoilt backward", "sequences of true size"]
 
 FLASH_ATTN = '''
@@ -98,7 +100,7 @@ def test_a_step_is_seen_whole(results: dict[str, dict]):
     assert step["bodies"] == [*turns, *head, *turns]
     assert step["ops"] > 300
     picked = step["picked"]
-    assert picked["rope"] == picked["cross_entropy"] == ["triton"]
+    assert picked["rope"] == picked["cross_entropy"] == picked["elementwise"] == ["triton"]
     assert picked["attention"] == ["flash_attn_2"]
 
 
@@ -107,7 +109,11 @@ def test_kernels_are_launched(results: dict[str, dict]):
     assert results["step default"]["launches"].count("rope_kernel") == 4
     assert len(results["step default"]["launches"]) > 4
     assert results["rope"]["launches"] == ["rope_kernel"] * 3
-    for case, chunks in (("linear rows", 1), ("linear no rows", 3)):
+    there = ["rms_norm_kernel", "rms_norm_kernel", "silu_mul_kernel", "silu_mul_kernel"]
+    back = [*["silu_mul_backward_kernel"] * 2, *["rms_norm_backward_kernel", DWEIGHT] * 2]
+    assert results["elementwise"]["launches"] == there + back
+    one = [(f"linear {rows} whole", 1) for rows in ("rows", "no rows")]
+    for case, chunks in (("linear rows", 1), ("linear no rows", 3), *one):
         assert results[case]["launches"] == ["ce_rows_kernel"] * chunks
 
 

@@ -45,7 +45,7 @@ class LossOptions:
     """Share of the target mass spread evenly over the vocabulary, in [0, 1)."""
     z_loss: float = 0.0
     """Weight of lse^2, which keeps the partition function near one (PaLM, 2204.02311)."""
-    chunk_bytes: int = 512 * 2**20
+    chunk_bytes: int = 2**30
     """Bytes of logits that exist at a time; more where the sum of the weight's gradient over chunks
     would take as much more."""
 

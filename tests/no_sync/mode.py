@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -113,8 +113,14 @@ def fake_cuda() -> Iterator[None]:
         mock.patch.object(FakeTensor, "data_ptr", _address),
         mock.patch.object(torch.cuda, "_exchange_device", lambda index: 0),
         mock.patch.object(torch.cuda, "_maybe_exchange_device", lambda index: 0),
+        mock.patch.object(torch.cuda, "current_device", lambda: 0),
+        # Modes get the eager formulas; what is to be seen here is what a device would run.
+        mock.patch("varlen_sft.ops.elementwise.is_plain", lambda x: True),
     )
-    with patches[0], patches[1], patches[2], patches[3], FakeTensorMode():
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        stack.enter_context(FakeTensorMode())
         yield
 
 

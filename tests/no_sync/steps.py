@@ -30,6 +30,7 @@ from varlen_sft.ops.cross_entropy import (
     linear_cross_entropy,
     masked_cross_entropy,
 )
+from varlen_sft.ops.elementwise import add_rms_norm, rms_norm, silu_mul
 from varlen_sft.ops.rope import apply_rope, apply_rope_, rope_table
 from varlen_sft.ops.sequences import sequences_from_position_ids
 from varlen_sft.train.distributed import World
@@ -116,8 +117,19 @@ def rope(sync: NoSync, interleaved: bool, numerics: str) -> None:
             apply_rope_(q, k, cos, sin, ids, interleaved=interleaved, numerics=numerics)
 
 
-def linear(sync: NoSync, given_rows: bool) -> None:
-    """With a bias, in chunks of 128 rows; rows are given or found on the device."""
+def elementwise(sync: NoSync) -> None:
+    """A gradient of the sum or none; SwiGLU fused and apart."""
+    hidden, weight = (
+        torch.empty(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for shape in ((TOKENS, 32), (32,))
+    )
+    with sync:
+        normed, total = add_rms_norm(rms_norm(hidden, weight, 1e-5), hidden, weight, 1e-5)
+        (silu_mul(normed).sum() + silu_mul(normed, total).sum()).backward()
+
+
+def linear(sync: NoSync, given_rows: bool, chunk_bytes: int = 1) -> None:
+    """With a bias, in chunks of 128 rows or more; rows are given or found on the device."""
     batch = fake_batch()
     hidden, weight, bias = (
         torch.empty(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
@@ -126,7 +138,7 @@ def linear(sync: NoSync, given_rows: bool) -> None:
     with sync:
         linear_cross_entropy(
             hidden, weight, batch.labels, token_weights=batch.token_weights, linear_bias=bias,
-            rows=batch.rows if given_rows else None, options=LossOptions(chunk_bytes=1),
+            rows=batch.rows if given_rows else None, options=LossOptions(chunk_bytes=chunk_bytes),
         ).loss_sum.backward()  # fmt: skip
 
 
@@ -153,8 +165,11 @@ CASES = {
     "loop": loop,
     "rope": partial(rope, interleaved=False, numerics="fp32"),
     "rope interleaved hf": partial(rope, interleaved=True, numerics="hf"),
+    "elementwise": elementwise,
     "linear rows": partial(linear, given_rows=True),
     "linear no rows": partial(linear, given_rows=False),
+    "linear rows whole": partial(linear, given_rows=True, chunk_bytes=2**20),
+    "linear no rows whole": partial(linear, given_rows=False, chunk_bytes=2**20),
     "masked": partial(masked, with_sequences=False),
     "masked sequences": partial(masked, with_sequences=True),
     "sequences capacity": partial(sequences, capacity=8),

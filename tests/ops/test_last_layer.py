@@ -88,6 +88,27 @@ def test_nobody_waits_for_a_device_unasked(monkeypatch):
     assert torch.equal(seen.runs.rows, rows_of((5, 600), (2500, 2600)))
 
 
+def test_few_counts_of_rows_and_queries_occur():
+    """750 queries round to a multiple of 64, 301 rows to one of 32; no key is added."""
+    sequences = sequences_from_lengths([700, 700])
+    rows = torch.cat((torch.arange(0, 600, 2), torch.tensor([1350])))
+    last = last_rows(rows, 1400, sequences)
+    assert len(last.rows) == 320 and torch.equal(last.rows[:301], rows)
+    assert last.rows[301:].eq(-1).all() and last.runs.kept[301:].eq(-1).all()
+    plain = query_runs(rows, sequences)
+    count = len(plain.rows)
+    assert count == 750 and len(last.runs.rows) == 768
+    assert torch.equal(last.runs.rows[:count], plain.rows) and last.runs.rows[count:].eq(-1).all()
+    for own, before, more in (
+        (last.runs.sequences, plain.sequences, 18), (last.runs.k_sequences, plain.k_sequences, 0)
+    ):  # fmt: skip
+        end = int(before.cu_seqlens[-1]) + more
+        assert own.cu_seqlens.tolist() == [*before.cu_seqlens.tolist(), end]
+    counts = {last_layer._rounded(n) for n in range(512, 1025)}
+    assert counts == set(range(512, 1025, 64))
+    assert [last_layer._rounded(n) for n in (1, 255, 256, 257)] == [1, 255, 256, 272]
+
+
 def test_nearly_all_rows_are_not_worth_picking():
     sequences = sequences_from_lengths([100])
     assert last_rows(torch.arange(81), 100, sequences) is None

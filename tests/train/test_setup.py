@@ -137,7 +137,10 @@ def test_options_of_the_stream(place):
     assert type(stream) is JoinedStream and stream.accumulate == 2
     options = stream.options
     assert (options.method, options.balance, options.weights) == ("streaming", "none", (3.0, 1.0))
-    assert stream.step(0).batches[0].cu_seqlens.shape == (2,)
+    batch = stream.step(0).batches[0]
+    total = len(batch.input_ids)
+    assert total % 64 == 0 and batch.real_tokens > 64 > batch.pad_tokens
+    assert batch.cu_seqlens.tolist() == [0, batch.real_tokens, *[total] * (batch.pad_tokens > 0)]
 
 
 def test_stages_take_their_data_in_turn(place):

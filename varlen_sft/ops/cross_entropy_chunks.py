@@ -18,6 +18,14 @@ from varlen_sft.ops.cross_entropy_rows import (
 )
 from varlen_sft.types import IGNORE_INDEX, accumulation_dtype
 
+UNWRITTEN = -2
+"""Where there is room for more rows than were found."""
+
+
+def count_rows(labels: Tensor, rows: Tensor | None) -> int:
+    """How many rows are scored, pads counted; those that are still to be found may be all (T,)."""
+    return -(-len(labels) // ROW_MULTIPLE) * ROW_MULTIPLE if rows is None else len(rows)
+
 
 def chunk_rows(weight: Tensor, chunk_bytes: int, need_dweight: bool) -> int:
     """Rows of logits at a time, a multiple of 128 and at least that.
@@ -106,15 +114,15 @@ class Head:
     ) -> tuple[Tensor, ...]:
         """LossOutput's fields, then gradients of hidden, weight, bias (empty if not needed).
 
-        The last are the gradient of the logits, the rows it is of, padded with -1, and the factor
-        of each (``RowScores``; empty: 1): these instead of the others, if they are left to the
-        backward (``defers``).
+        The last are the gradient of the logits, the rows it is of (-1: of none, and 0; UNWRITTEN:
+        whatever was there), and the factor of each (``RowScores``; empty: 1): these instead of the
+        others, if they are left to the backward (``defers``).
         """
         check_values(labels, token_weights, self.weight.shape[0])
-        total = len(labels) if rows is None else len(rows)
+        total = count_rows(labels, rows)
         self.one_chunk = fits_one_chunk(total, self.weight, chunk_bytes, self.needs[1])
         later = any(self.needs) and defers(total, self.weight, chunk_bytes, self.needs[1])
-        scored = labels.new_full((total if later else 0,), -1)
+        scored = labels.new_full((total if later else 0,), UNWRITTEN)
         rows = self._checked(supervised_rows(labels, token_weights) if rows is None else rows)
         self._allocate(len(scored))
         if later:
@@ -144,15 +152,14 @@ class Head:
             self.dweight = self.weight.new_zeros(self.weight.shape, dtype=self.accumulate)
 
     def _checked(self, rows: Tensor) -> Tensor:
-        """The rows; on the CPU only the real ones, without the -1 that pad them."""
+        """The rows, with the -1 that pad them: also on a CPU, where products are compiled for every
+        new shape, matrices of a few more rows cost less than that."""
         total = self.hidden.shape[0]
+        good = (rows >= -1) & (rows < total)
         if rows.device.type != "cpu":
-            torch._assert_async(((rows >= -1) & (rows < total)).all(), "rows must be in [-1, T)")
-            return rows
-        rows = rows[rows != -1]
-        if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= total):
-            bad = rows[(rows < 0) | (rows >= total)][0]
-            raise ValueError(f"rows must be in [-1, {total}), got {int(bad)}")
+            torch._assert_async(good.all(), "rows must be in [-1, T)")
+        elif not good.all():
+            raise ValueError(f"rows must be in [-1, {total}), got {int(rows[~good][0])}")
         return rows
 
     def _add_chunk(self, rows: Tensor, labels: Tensor, token_weights: Tensor) -> None:
@@ -244,50 +251,54 @@ def deferred_gradients(
 
     Args:
         dlogits: (n, V), in its first rows d loss_sum / d logits up to ``factor``.
-        scored: (n,) int64, the rows of hidden that they belong to, then -1.
+        scored: (n,) int64, the rows of hidden that they belong to, -1 for rows of zeros; UNWRITTEN
+            at the end for those that were never written.
         factor: (n,) fp32, or empty for ones.
         hidden: (T, C).
         weight: (V, C).
         dloss: ().
     """
     if dloss.is_cpu:
-        scored = scored[scored >= 0]  # what is behind these was never written
-        dlogits = dlogits[: len(scored)]
-        if not len(factor):
-            return _by_alpha(dlogits, scored, hidden, weight, dloss, needs)
-        factor = factor[: len(scored)]
-    factor = (dloss * factor if len(factor) else dloss.expand(len(scored)))[:, None]
-    return _by_rows(dlogits, scored, factor, hidden, weight, needs)
+        written = int((scored != UNWRITTEN).sum())
+        dlogits, scored, factor = dlogits[:written], scored[:written], factor[:written]
+    inputs = hidden[scored.clamp(min=0)]
+    if dloss.is_cpu and not len(factor):
+        dinputs, dweight, dbias = _by_alpha(dlogits, inputs, weight, dloss, needs)
+    else:
+        factor = (dloss * factor if len(factor) else dloss.expand(len(scored)))[:, None]
+        dinputs, dweight, dbias = _by_rows(dlogits, inputs, weight, factor, needs)
+    if not needs[0]:
+        return dinputs, dweight, dbias
+    dhidden = hidden.new_zeros(len(hidden) + 1, hidden.shape[1])  # pads write to the last
+    place = torch.where(scored >= 0, scored, len(hidden))
+    return dhidden.index_copy_(0, place, dinputs)[:-1], dweight, dbias
 
 
-def _by_alpha(dlogits, rows, hidden, weight, dloss, needs) -> tuple[Tensor, Tensor, Tensor]:
+def _by_alpha(dlogits, inputs, weight, dloss, needs) -> tuple[Tensor, Tensor, Tensor]:
     """The products take the factor of the loss, which the CPU knows."""
     alpha = dloss.item()
-    dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
+    dinputs, dweight, dbias = (inputs.new_empty(0) for _ in range(3))
     if needs[0]:
-        dhidden = torch.zeros_like(hidden)
-        dhidden.index_copy_(0, rows, _scaled_product(dlogits, weight, alpha))
+        dinputs = _scaled_product(dlogits, weight, alpha)
     if needs[1]:
-        dweight = _scaled_product(dlogits.T, hidden[rows], alpha)
+        dweight = _scaled_product(dlogits.T, inputs, alpha)
     if needs[2]:
-        wide = dlogits.sum(0, dtype=accumulation_dtype(hidden.dtype)) * dloss
-        dbias = wide.to(hidden.dtype)
-    return dhidden, dweight, dbias
+        wide = dlogits.sum(0, dtype=accumulation_dtype(inputs.dtype)) * dloss
+        dbias = wide.to(inputs.dtype)
+    return dinputs, dweight, dbias
 
 
-def _by_rows(dlogits, scored, factor, hidden, weight, needs) -> tuple[Tensor, Tensor, Tensor]:
+def _by_rows(dlogits, inputs, weight, factor, needs) -> tuple[Tensor, Tensor, Tensor]:
     """The small matrices beside the products take the factors: nothing waits for the device."""
-    total, dtype = len(hidden), hidden.dtype
-    dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
+    dtype = inputs.dtype
+    dinputs, dweight, dbias = (inputs.new_empty(0) for _ in range(3))
     if needs[0]:
-        wide = _times(_product(dlogits, weight, wide=True), factor, dtype)
-        dhidden = hidden.new_zeros(total + 1, hidden.shape[1])  # pads write to the last
-        dhidden = dhidden.index_copy_(0, torch.where(scored >= 0, scored, total), wide)[:-1]
+        dinputs = _times(_product(dlogits, weight, wide=True), factor, dtype)
     if needs[1]:
-        dweight = dlogits.T @ _times(hidden[scored.clamp(min=0)], factor, dtype)
+        dweight = dlogits.T @ _times(inputs, factor, dtype)
     if needs[2]:
         dbias = _product(factor.T.to(dtype), dlogits, wide=True)[0].to(dtype)
-    return dhidden, dweight, dbias
+    return dinputs, dweight, dbias
 
 
 def _scaled_product(a: Tensor, b: Tensor, alpha: float) -> Tensor:

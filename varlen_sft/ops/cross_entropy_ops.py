@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varlen_sft.ops.cross_entropy_chunks import Head, deferred_gradients, defers, fits_one_chunk
+from varlen_sft.ops.cross_entropy_chunks import (
+    Head,
+    count_rows,
+    deferred_gradients,
+    defers,
+    fits_one_chunk,
+)
 from varlen_sft.ops.cross_entropy_rows import RowScores, check_values, leaves_factor, score_rows
 from varlen_sft.types import accumulation_dtype
 
@@ -158,7 +164,7 @@ def _linear(
 def _(hidden, weight, bias, labels, token_weights, rows, options, chunk_bytes, need_dhidden,
       need_dweight, need_dbias, impl):  # fmt: skip
     accumulate = accumulation_dtype(hidden.dtype)
-    total = hidden.shape[0] if rows is None else rows.shape[0]
+    total = count_rows(labels, rows)
     one = fits_one_chunk(total, weight, chunk_bytes, need_dweight)
     later = defers(total, weight, chunk_bytes, need_dweight)
     kept = total if later and (need_dhidden or need_dweight or need_dbias) else 0

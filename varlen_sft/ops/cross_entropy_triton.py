@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 _LAUNCHES = (
     Launch(2, True, 2048, 512, 1),  # a warp alone needs no barriers; bytes, characters, tests
     Launch(2, False, 2048, 256, 1),
-    Launch(2, True, math.inf, 4096, 8),
+    Launch(2, True, math.inf, 8192, 4),
     Launch(2, False, math.inf, 2048, 8),
     Launch(4, False, 2048, 256, 1),
     Launch(4, False, math.inf, 2048, 8),

@@ -25,6 +25,8 @@ KEYS_PER_QUERY = 3
 SCORES_PER_KEY = 128
 """A query that is made for nothing costs as much as copying keys and values of so many rows, and so
 do so many of the scores it would need (measured on a CPU, H = 9, K = 3, D = 64, C = 576)."""
+FEW_SHAPES = 16
+"""Counts of rows are rounded up to a multiple of it at least, where they are many."""
 MOST_COPIES = 8
 """Keys that are copied, at most, relative to T: they are memory."""
 
@@ -35,11 +37,11 @@ class QueryRuns(NamedTuple):
     A run ends where its keys end: causality is aligned bottom-right.
     """
 
-    rows: Tensor  # (Q,) int64, ascending: the rows that make queries
+    rows: Tensor  # (Q,) int64, ascending, then -1: the rows that make queries
     sequences: Sequences  # where the runs begin and end among them
     k_rows: Tensor | None  # (T_k,) int64: rows whose keys are used; None: all T as they lie
     k_sequences: Sequences
-    kept: Tensor | None  # (S,) int64: which queries are supervised; None: all
+    kept: Tensor | None  # (S,) int64, then -1: which queries are supervised; None: all
 
 
 class LastRows(NamedTuple):
@@ -89,7 +91,43 @@ def last_rows(
         raise ValueError("rows must be in ascending order, each once")
     # The backward of copied keys adds by index: on a device in no fixed order.
     runs = None if sequences is None else query_runs(seen, sequences, copy_keys=on_host)
-    return LastRows(seen, runs).to(rows.device)
+    return _few_shapes(LastRows(seen, runs)) if on_host else LastRows(seen, runs).to(rows.device)
+
+
+def _few_shapes(last: LastRows) -> LastRows:
+    """With rows and queries that count nothing, at most an eighth more, so that few counts occur.
+
+    CPU libraries compile a matrix product for each new shape, which takes longer than running it.
+    """
+    rows, runs = last
+    more = _rounded(len(rows)) - len(rows)
+    if runs is None:
+        return LastRows(_padded(rows, more))
+    if more and runs.kept is None:
+        runs = runs._replace(kept=torch.arange(len(rows)))
+    kept = None if runs.kept is None else _padded(runs.kept, more)
+    extra = _rounded(len(runs.rows)) - len(runs.rows)
+    if extra:  # a sequence of its own that sees no key
+        queries, keys = (
+            _one_more(s, n) for s, n in ((runs.sequences, extra), (runs.k_sequences, 0))
+        )
+        runs = runs._replace(rows=_padded(runs.rows, extra), sequences=queries, k_sequences=keys)
+    return LastRows(_padded(rows, more), runs._replace(kept=kept))
+
+
+def _rounded(count: int) -> int:
+    """To a multiple of a power of two that is between an eighth and a sixteenth of it."""
+    step = 1 << max(count.bit_length() - 4, 0)
+    return count if step < FEW_SHAPES else -(-count // step) * step
+
+
+def _padded(rows: Tensor, more: int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, more), value=-1)
+
+
+def _one_more(sequences: Sequences, length: int) -> Sequences:
+    edges = torch.cat((sequences.cu_seqlens, sequences.cu_seqlens[-1:] + length))
+    return Sequences(edges, max(sequences.max_seqlen, length), sequences.num_sequences + 1)
 
 
 def query_runs(rows: Tensor, sequences: Sequences, *, copy_keys: bool = True) -> QueryRuns | None:

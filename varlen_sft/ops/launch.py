@@ -1,9 +1,13 @@
-"""What a Triton kernel's launch table holds, in the words of the ahead-of-time compiler."""
+"""What a Triton kernel's launch table holds, in the words of the ahead-of-time compiler; and when
+its launcher may be called as it is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,3 +29,17 @@ class KernelVariant:
     enable_fp_fusion: bool = True
     narrowest_access: int = 128
     """Bits of the narrowest global access in the hot path that this layout allows."""
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether nobody but autograd watches: no compiler, mode or transform, and no kind of tensor.
+
+    A ``torch.autograd.Function`` around a launcher is then enough. A registered op, which all of
+    these need, costs the host several times as much per call, and short steps wait for the host.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+    )

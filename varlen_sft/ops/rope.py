@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -17,6 +18,7 @@ from varlen_sft.ops.checks import (
     require_same_device,
     require_shape,
 )
+from varlen_sft.ops.launch import is_plain
 from varlen_sft.types import Numerics
 
 __all__ = ["apply_rope", "apply_rope_", "rope_table"]
@@ -82,9 +84,8 @@ def apply_rope(
     """
     _check(q, k, cos, sin, position_ids, numerics)
     impl = _pick(impl, q)
-    return torch.ops.varlen_sft.rope(
-        q, k, cos, sin, position_ids, interleaved, numerics == "hf", False, impl
-    )
+    run = _Rotate.apply if impl == "triton" and is_plain(q) else torch.ops.varlen_sft.rope
+    return run(q, k, cos, sin, position_ids, interleaved, numerics == "hf", False, impl)
 
 
 def apply_rope_(
@@ -217,26 +218,34 @@ def _(q, k, cos, sin, position_ids, interleaved, hf, inverse, impl):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
+class _Rotate(torch.autograd.Function):
+    """The op below for tensors that nobody but autograd watches (``is_plain``)."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, position_ids, interleaved, hf, inverse, impl):
+        _setup_context(ctx, (q, k, cos, sin, position_ids, interleaved, hf, inverse, impl), None)
+        q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+        _run(q_out, k_out, q, k, cos, sin, position_ids, interleaved, hf, inverse, impl)
+        return q_out, k_out
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        return _turned_back(_Rotate.apply, ctx, dq, dk)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     _, _, cos, sin, position_ids, ctx.interleaved, ctx.hf, ctx.inverse, ctx.impl = inputs
     ctx.save_for_backward(cos, sin, position_ids)
 
 
 def _backward(ctx, dq: Tensor, dk: Tensor):
+    return _turned_back(torch.ops.varlen_sft.rope, ctx, dq, dk)
+
+
+def _turned_back(run: Callable[..., Any], ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
     # The transpose of a rotation is the rotation by the negated angle: one kernel serves both ways.
-    cos, sin, position_ids = ctx.saved_tensors
-    dq, dk = torch.ops.varlen_sft.rope(
-        _rows(dq),
-        _rows(dk),
-        cos,
-        sin,
-        position_ids,
-        ctx.interleaved,
-        ctx.hf,
-        not ctx.inverse,
-        ctx.impl,
-    )
-    return dq, dk, *(None,) * 7
+    modes = ctx.interleaved, ctx.hf, not ctx.inverse, ctx.impl
+    return *run(_rows(dq), _rows(dk), *ctx.saved_tensors, *modes), *(None,) * 7
 
 
 def _rows(grad: Tensor) -> Tensor:

@@ -36,6 +36,9 @@ from varlen_sft.train.stages import JoinedStream, StagedStream
 __all__ = ["Sets", "make_optimizer", "open_stream", "prepare_sets", "total_steps", "train_options"]
 __all__ += ["valid_steps"]
 
+PAD_MULTIPLE = 64
+"""Of the tokens of a micro-batch: a CPU's matrix products are compiled for each new shape, which
+takes longer than a small one runs, and GPUs like even counts."""
 Sets = dict[str, str]
 """PREFIX of the prepared set of each source, by the source as it was written."""
 
@@ -80,8 +83,9 @@ def open_stream(
     """
     stages = config.all_stages
     options = StreamOptions(
-        rank=rank, ranks=ranks, accumulate=config.stream.accumulate, workers=config.stream.threads
-    )
+        rank=rank, ranks=ranks, accumulate=config.stream.accumulate, workers=config.stream.threads,
+        pad_multiple=PAD_MULTIPLE,
+    )  # fmt: skip
     cost_a = _cost_a(folder)
     streams = []
     for stage in stages:
@@ -114,7 +118,7 @@ def valid_steps(config: TrainConfig, sets: Sets, rank: int = 0, ranks: int = 1) 
     )
     stores = [Store(sets[source]) for source in config.data.valid]
     kind = PackStream if config.stream.isolate else JoinedStream
-    stream = kind(stores, order, StreamOptions(workers=0))
+    stream = kind(stores, order, StreamOptions(workers=0, pad_multiple=PAD_MULTIPLE))
     count = min(config.run.valid_packs, stream.steps_per_epoch)
     own = [stream.step(number) for number in range(rank, count, ranks)]
     if len(own) < math.ceil(count / ranks):
