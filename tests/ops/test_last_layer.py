@@ -106,7 +106,7 @@ def test_few_counts_of_rows_and_queries_occur():
         assert own.cu_seqlens.tolist() == [*before.cu_seqlens.tolist(), end]
     counts = {last_layer._rounded(n) for n in range(512, 1025)}
     assert counts == set(range(512, 1025, 64))
-    assert [last_layer._rounded(n) for n in (1, 255, 256, 257)] == [1, 255, 256, 272]
+    assert [last_layer._rounded(n) for n in (1, 127, 255, 257)] == [1, 127, 256, 288]
 
 
 def test_nearly_all_rows_are_not_worth_picking():
