@@ -18,6 +18,7 @@ from gpu_timing import share
 from head_checks import head_errors, head_truth, refuse_worse
 from op_groups import Goal, Group, as_json, render
 from peers import HEADS, HeadLoad, bare_products, compiled, head_step, liger_head, naive
+from peers_elementwise import NormLoad, SwigluLoad
 from peers_ops import (
     HeadsLoad,
     attention_ours,
@@ -181,6 +182,24 @@ def attention(limits: dict[str, float], load: HeadsLoad) -> Group:
     return group
 
 
+def elementwise(limits: dict[str, float], load: NormLoad | SwigluLoad) -> Group:
+    ours, eager = (load.step(op) for op in (load.ours(), load.eager()))
+    dtype = load.inputs()[0].dtype
+    error = check(ours, eager, load.step(load.eager(), torch.float64), dtype)
+    makers = {
+        "ours": lambda: ours,
+        "Liger": lambda: load.step(load.liger()),
+        "torch eager": lambda: eager,
+        "torch compiled": lambda: load.step(torch.compile(load.eager())),
+    }
+    title = f"{load.name} {load.dtype}, {load.tokens} rows of {load.columns}"
+    group = measured(title, "ours", makers, rounds=50, note=f"Our error {error:.1e}.")
+    add_share(group, "of copy", load.least_bytes, limits["bytes_per_second"])
+    of_copy = load.least_bytes / group.median("ours") / limits["bytes_per_second"]
+    group.goals = [Goal("share of the copy bandwidth", of_copy, 0.9, at_least=True)]
+    return group
+
+
 def sequences(limits: dict[str, float], tokens: int, device: str = "cuda") -> Group:
     ids = position_ids(tokens, device)
     makers = {
@@ -202,6 +221,9 @@ GROUPS: tuple[Callable[[dict[str, float]], Group], ...] = (
     partial(head, load=HeadLoad("bf16", 49_152, 16_384, 576, device="cuda")),
     partial(head, load=HeadLoad("bf16", 128_256, 8192, 4096, device="cuda")),
     partial(attention, load=HeadsLoad("bf16", 16_384, 32, 8, 128, "cuda")),
+    partial(elementwise, load=NormLoad("bf16", 16_384, 2048)),
+    partial(elementwise, load=NormLoad("bf16", 16_384, 4096)),
+    partial(elementwise, load=SwigluLoad("bf16", 16_384, 8192)),
     partial(sequences, tokens=1_000_000),
 )
 

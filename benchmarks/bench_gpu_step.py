@@ -49,10 +49,11 @@ interleaved; medians with [least - most]. "host ms" is how long the host takes t
 an idle device: where it is about the time of the step, the host is what limits it, or it waits.
 Batches lie on the device beforehand. Real tokens per second count no padding. TFLOP/s and MFU count
 what the step has to compute (varlen_sft.train.flops), for the floor what it computes. Peak memory
-is that of a candidate alone: its weights and what its step adds, gradients included.
+is that of a candidate alone: its weights and what its step adds, gradients included. It grows with
+the rows that are under way at once: those of a micro-batch, or of the whole pack.
 """
 RESULTS = Path(__file__).parent / "results" / "gpu_step.json"
-FASTER, MEMORY = 2.8, 0.65  # promised of the same comparison on a CPU
+FASTER = 2.8  # promised of the same comparison on a CPU
 DTYPE = torch.bfloat16
 
 
@@ -148,10 +149,8 @@ def add_costs(group: Group, first: Mapping[str, Alone], weights: int) -> None:
 
 
 def goals(group: Group) -> list[Goal]:
-    text = "of ours over hf padded (a goal set for a CPU)"
-    faster = Goal(f"real tokens/s {text}", group.ratio("hf padded", "ours"), FASTER, at_least=True)
-    memory = group.facts["ours"].get("memory vs padded")
-    return [faster] + ([] if memory is None else [Goal(f"peak memory {text}", memory, MEMORY)])
+    text = "real tokens/s of ours over hf padded (a goal set for a CPU)"
+    return [Goal(text, group.ratio("hf padded", "ours"), FASTER, at_least=True)]
 
 
 # --------------------------------------------------------------------------- main

@@ -28,6 +28,7 @@ import gpu_timing  # noqa: E402
 import head_checks  # noqa: E402
 import op_groups  # noqa: E402
 import peers  # noqa: E402
+import peers_elementwise  # noqa: E402
 import peers_ops  # noqa: E402
 from op_groups import Goal, Group  # noqa: E402
 
@@ -245,6 +246,12 @@ def test_groups_of_the_gpu_table_on_this_machine(monkeypatch):
     assert {"ours", "SDPA per sequence"} <= attention.seconds.keys()
     scores = bench_gpu.cross_entropy(limits, rows=16, vocab=131, device="cpu")
     assert scores.facts["ours"]["of copy"] == f"{2 * 16 * 131 * 2 / 1e6:.0%}"
+    for load in (peers_elementwise.NormLoad, peers_elementwise.SwigluLoad):
+        rows = bench_gpu.elementwise(limits, load("bf16", 33, 16, "cpu"))
+        assert set(rows.missing) | set(rows.seconds) == {
+            "ours", "Liger", "torch eager", "torch compiled"
+        }  # fmt: skip
+        assert rows.facts["ours"]["of copy"] == f"{8 * 33 * 16 * 2 / 1e6:.0%}"
     edges = bench_gpu.sequences(limits, tokens=2000, device="cpu")
     assert list(edges.seconds) == ["ours", "torch ops"]
 

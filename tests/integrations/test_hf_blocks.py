@@ -175,6 +175,6 @@ def test_formulas_are_found_by_trying():
         assert not hf_blocks._is_llama_norm(kind)
 
 
-def test_nothing_is_replaced_without_the_extension(monkeypatch):
-    monkeypatch.setattr(hf_blocks, "resolve", lambda *args: "reference")
+def test_nothing_is_replaced_where_nothing_is_faster(monkeypatch):
+    monkeypatch.setattr(hf_blocks, "FUSED_ON", ())
     assert patch(tiny_hf("llama3")).elementwise == ()

@@ -42,8 +42,12 @@ def test_nothing_waits(case, results):
     assert results[case]["sync"] is None
     layers = 3 if case.startswith(("smollm3", "gemma3")) else 2
     turns = 2 if case.startswith("smollm3") else layers  # one layer has no positions
-    head = ["linear_cross_entropy"] if case.endswith(("packed", "collator")) else []
+    head = ["linear_cross_entropy", "linear_cross_entropy_backward"]
+    head = head if case.endswith(("packed", "collator")) else []
     assert results[case]["bodies"] == ["rope"] * turns + head + ["rope"] * turns
+    norms = 2 * layers if case.startswith(("llama3", "qwen2", "smollm3")) else 0
+    for kernel in ("rms_norm_kernel", "rms_norm_backward_kernel"):
+        assert results[case]["launches"].count(kernel) == norms
     assert results[case]["picked"]["attention"] == ["flash_attn_2"]
 
 

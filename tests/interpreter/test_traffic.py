@@ -10,8 +10,16 @@ import triton.language as tl
 from varlen_sft import reference
 from varlen_sft.ops.cross_entropy import linear_cross_entropy, masked_cross_entropy
 from varlen_sft.ops.cross_entropy_triton import score_rows_triton
+from varlen_sft.ops.elementwise import add_rms_norm, rms_norm, silu_mul
 from varlen_sft.ops.rope import apply_rope, apply_rope_
-from varlen_sft.tools.traffic import Traffic, count, cross_entropy_least, rope_least
+from varlen_sft.tools.traffic import (
+    Traffic,
+    count,
+    cross_entropy_least,
+    norm_least,
+    rope_least,
+    silu_mul_least,
+)
 
 # ------------------------------------------------------------------ the counter
 
@@ -236,3 +244,48 @@ def test_ignored_rows_never_reach_the_linear_head():
     assert least <= traffic.kernel_bytes <= 1.1 * least
     # Logits, gradient of hidden, gradient of weight: three products of the same three matrices.
     assert traffic.gemms == {"mm": 3 * 2 * (8 * 16 + 1024 * 16 + 8 * 1024)}
+
+
+# ------------------------------------------------------------- norms and SwiGLU
+
+
+def there_and_back(op, *inputs: torch.Tensor) -> tuple[Traffic, Traffic]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with count() as forward:
+        out = op(*leaves)
+    out = (out,) if isinstance(out, torch.Tensor) else out
+    grads = [torch.ones_like(y) for y in out]
+    with count() as backward:
+        torch.autograd.grad(out, leaves, grads)
+    return forward, backward
+
+
+def assert_least(passes: tuple[Traffic, Traffic], least: list[int], slack: float) -> None:
+    for traffic, bytes_ in zip(passes, least, strict=True):
+        assert bytes_ <= traffic.kernel_bytes <= (1 + slack) * bytes_
+        assert traffic.sector_bytes <= (1 + slack) * bytes_
+        assert traffic.torch_bytes == 0, traffic.torch
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_norms_move_the_least_but_for_256_partial_sums(residual):
+    rows, channels = 16_384, 64
+    x, weight = torch.randn(rows, channels).bfloat16(), torch.ones(channels).bfloat16()
+    if residual:
+        op = lambda x, r, w: add_rms_norm(x, r, w, 1e-5, impl="triton")  # noqa: E731
+        passes = there_and_back(op, x, x.clone(), weight)
+    else:
+        passes = there_and_back(lambda x, w: rms_norm(x, w, 1e-5, impl="triton"), x, weight)
+    least = [norm_least(x, residual, backward) for backward in (False, True)]
+    partial = 2 * 4 * 256 * channels
+    assert partial < 0.025 * least[1]
+    # The weight is read by every program: once for 32 rows here, for 8 kB of them in general.
+    assert_least(passes, least, 0.05)
+
+
+def test_swiglu_moves_the_least():
+    gate_up = torch.randn(9, 2 * 1536).bfloat16()
+    gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
+    least = [silu_mul_least(gate, backward) for backward in (False, True)]
+    for inputs in ((gate_up,), (gate, up)):
+        assert_least(there_and_back(lambda *x: silu_mul(*x, impl="triton"), *inputs), least, 0)

@@ -5,6 +5,7 @@ import torch
 
 from tests.helpers import FLOATS, assert_within_reference_error
 from varlen_sft import _extension, reference
+from varlen_sft.ops import backends
 from varlen_sft.ops.elementwise import add_rms_norm, rms_norm, silu_mul
 
 needs_extension = pytest.mark.skipif(not _extension.load(), reason=_extension.status())
@@ -116,3 +117,24 @@ def test_op_registration():
     torch.library.opcheck(torch.ops.varlen_sft.add_rms_norm_cpu, (x, residual, weight, 1e-5))
     torch.library.opcheck(torch.ops.varlen_sft.silu_mul_fused_cpu, (x,))
     torch.library.opcheck(torch.ops.varlen_sft.silu_mul_cpu, (x, residual))
+
+
+def test_a_compiler_gets_the_formulas_where_kernels_would_be_launched(monkeypatch):
+    here = backends.TRITON._replace(device_types=("cpu",), missing="")
+    monkeypatch.setitem(backends.BACKENDS, "elementwise", (here, backends.REFERENCE))
+    tensors = [torch.randn(5, 8), torch.randn(5, 8), torch.randn(8)]
+
+    def block(x, residual, weight):
+        normed, total = add_rms_norm(rms_norm(x, weight, 1e-5), residual, weight, 1e-5)
+        return torch.cat((silu_mul(normed, total), silu_mul(total).repeat(1, 2)))
+
+    def formulas(x, residual, weight):
+        normed, total = reference.add_rms_norm(
+            reference.rms_norm(x, weight, 1e-5), residual, weight, 1e-5
+        )
+        halves = reference.silu_mul(total).repeat(1, 2)
+        return torch.cat((reference.silu_mul(normed, total), halves))
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, *tensors), run(formulas, *tensors), strict=True):
+        torch.testing.assert_close(a, b)

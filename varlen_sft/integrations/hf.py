@@ -55,8 +55,8 @@ def patch(
         rope: RoPE by position ids from fp32 tables, by each sequence's own length.
         attention: every sequence with itself alone; no T x T mask.
         loss: head and cross-entropy on supervised rows only.
-        elementwise: norms and SwiGLU in one pass over memory each, where ``attention`` is ours, on
-            a CPU, and where they have Llama's formulas.
+        elementwise: norms and SwiGLU in one pass over memory each, where ``attention`` is ours and
+            where they have Llama's formulas.
         prune_last_layer: the last block on supervised rows only; needs ``loss``.
         numerics: rounding of RoPE, see ``apply_rope``. With "hf", which promises HF's own bits,
             norms and SwiGLU stay as they are.

@@ -1,4 +1,4 @@
-"""Norms and SwiGLU of a Hugging Face model's blocks, in packs on a CPU: one pass over memory each.
+"""Norms and SwiGLU of a Hugging Face model's blocks, in packs: one pass over memory each.
 
 HF computes them by chains of eager operations, each of which reads and writes all rows and keeps
 some for the backward. What a module computes is found out by trying, not by its name; one that
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from varlen_sft import reference
 from varlen_sft.integrations.hf_call import shared_call
 from varlen_sft.integrations.instance import forward_of
-from varlen_sft.ops.backends import resolve
-from varlen_sft.ops.elementwise import rms_norm, silu_mul
+from varlen_sft.ops.elementwise import FUSED_ON, rms_norm, silu_mul
 
 __all__ = ["block_forwards", "in_pack"]
 
@@ -37,9 +36,9 @@ def block_forwards(layers: Iterable[Any], forwards: Forwards) -> Forwards:
         forwards: what will be put in place besides.
 
     Returns:
-        None at all where the C++ extension is not there.
+        None at all where neither the C++ extension nor Triton is there.
     """
-    if resolve("elementwise", None, torch.device("cpu")) == "reference":
+    if not FUSED_ON:
         return []
     others = dict(forwards)
     made: Forwards = []
@@ -116,7 +115,7 @@ def _again_in_pack(layer: Any, call: Mapping[str, Any]) -> Iterator[None]:
 
 def _is_ours(module: nn.Module, x: Tensor) -> bool:
     shared = shared_call(module)
-    return shared is not None and shared.in_block and x.device.type == "cpu"
+    return shared is not None and shared.in_block and x.device.type in FUSED_ON
 
 
 def _norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:

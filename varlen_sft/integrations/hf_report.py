@@ -10,6 +10,7 @@ from typing import Any
 from varlen_sft.integrations.families import Family
 from varlen_sft.integrations.hf_rope import has_rope
 from varlen_sft.integrations.saving import Saving
+from varlen_sft.ops.elementwise import FUSED_ON
 from varlen_sft.types import Numerics
 
 __all__ = ["LayerReport", "PatchReport", "layer_reports"]
@@ -56,7 +57,8 @@ class PatchReport:
             lines.append("  loss        head and cross-entropy on supervised rows only")
         if self.elementwise:
             parts = ", ".join(f"{count} {name}" for name, count in self.elementwise)
-            lines.append(f"  elementwise {parts}: one pass over memory each, on a CPU")
+            where = " and ".join(FUSED_ON)
+            lines.append(f"  elementwise {parts}: one pass over memory each, on {where}")
         if self.prune_last_layer:
             lines.append("  last layer  supervised rows only, but for K and V")
             lines.append(f"              {self.saving}")

@@ -76,7 +76,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         FLASH["flash_attn_4"],
     ),
     "cross_entropy": (CPP, TRITON, REFERENCE),
-    "elementwise": (CPP, REFERENCE),
+    "elementwise": (CPP, TRITON, REFERENCE),
 }
 """Implementations of each op, the preferred one first."""
 

@@ -47,3 +47,8 @@ def require_last_axis_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} must be contiguous on its last axis, got strides {tensor.stride()}"
         )
+
+
+def last_axis_dense(grad: Tensor) -> Tensor:
+    """A gradient as kernels read it: an expanded one (of a sum, say) is copied, others pass."""
+    return grad if grad.stride(-1) == 1 else grad.contiguous()

@@ -1,18 +1,39 @@
-"""RMSNorm and SwiGLU, whose eager chains cost more than their arithmetic on a CPU.
+"""RMSNorm and SwiGLU, whose eager chains cost more than their arithmetic: in time on a CPU, in
+passes over memory and in launches, each of which waits for the host, on a GPU.
 
-On other devices the eager formulas run as they are, so that torch.compile can fuse them.
+Under torch.compile the eager formulas run on a GPU as they are, so that it can fuse them.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from varlen_sft import reference
+from varlen_sft.ops import elementwise_cpp  # noqa: F401  (registers its ops)
 from varlen_sft.ops.backends import resolve
-from varlen_sft.ops.checks import FLOATS, require_dtype, require_last_axis_contiguous, require_shape
+from varlen_sft.ops.checks import (
+    FLOATS,
+    last_axis_dense,
+    require_dtype,
+    require_last_axis_contiguous,
+    require_same_device,
+    require_shape,
+)
+from varlen_sft.ops.launch import is_plain
 
-__all__ = ["add_rms_norm", "rms_norm", "silu_mul"]
+__all__ = ["FUSED_ON", "add_rms_norm", "rms_norm", "silu_mul"]
+
+FUSED_ON = tuple(
+    kind
+    for kind in ("cpu", "cuda")
+    if resolve("elementwise", None, torch.device(kind)) != "reference"
+)
+"""Kinds of devices on which these ops are one pass over memory each."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) -> Tensor:
@@ -22,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) 
         x: (T, C) fp64, fp32, bf16 or fp16.
         weight: (C,) of the same dtype.
         eps: added to the mean square.
-        impl: None, "cpp" or "reference".
+        impl: None, "triton" (not fp64, nor rows above 16 kB), "cpp" or "reference".
 
     Returns:
         (T, C).
@@ -30,10 +51,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str | None = None) 
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit.
     """
-    _check_norm(x, weight)
-    if resolve("elementwise", impl, x.device) == "reference":
+    if not _fit_norm(x, weight):
+        _check_norm(x, weight)
+    picked = _pick(impl, x, norm=True)
+    if picked == "reference":
         return reference.rms_norm(x, weight, eps)
     require_last_axis_contiguous("x", x)
+    require_last_axis_contiguous("weight", weight)
+    if picked == "triton":
+        return _RMSNorm.apply(x, weight, eps)
     return torch.ops.varlen_sft.rms_norm_cpu(x, weight, eps)[0]
 
 
@@ -52,14 +78,39 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit.
     """
-    _check_norm(x, weight)
-    require_dtype("residual", residual, (x.dtype,))
-    require_shape("residual", residual, "T C", *x.shape)
-    if resolve("elementwise", impl, x.device) == "reference":
+    if not (_fit_norm(x, weight) and _alike(residual, x)):
+        _check_norm(x, weight)
+        require_dtype("residual", residual, (x.dtype,))
+        require_shape("residual", residual, "T C", *x.shape)
+        require_same_device(x=x, residual=residual)
+    picked = _pick(impl, x, norm=True)
+    if picked == "reference":
         return reference.add_rms_norm(x, residual, weight, eps)
     require_last_axis_contiguous("x", x)
     require_last_axis_contiguous("residual", residual)
+    require_last_axis_contiguous("weight", weight)
+    if picked == "triton":
+        return _AddRMSNorm.apply(x, residual, weight, eps)
     return torch.ops.varlen_sft.add_rms_norm_cpu(x, residual, weight, eps)[:2]
+
+
+def _fit_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing is wrong, found out in the time in which one of the checks is called."""
+    return (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and x.dtype in FLOATS
+        and x.dim() == 2
+        and x.dtype == weight.dtype
+        and x.shape[1:] == weight.shape
+        and x.device == weight.device
+    )
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return (
+        isinstance(x, Tensor) and x.dtype == y.dtype and x.shape == y.shape and x.device == y.device
+    )
 
 
 def _check_norm(x: Tensor, weight: Tensor) -> None:
@@ -67,6 +118,7 @@ def _check_norm(x: Tensor, weight: Tensor) -> None:
     require_shape("x", x, "T C", None, None)
     require_dtype("weight", weight, (x.dtype,))
     require_shape("weight", weight, "C", x.shape[1])
+    require_same_device(x=x, weight=weight)
 
 
 def silu_mul(gate: Tensor, up: Tensor | None = None, *, impl: str | None = None) -> Tensor:
@@ -75,7 +127,7 @@ def silu_mul(gate: Tensor, up: Tensor | None = None, *, impl: str | None = None)
     Args:
         gate: (T, I); or (T, 2 I), a fused projection with the gate's columns first.
         up: (T, I) of the same dtype; None: it is the second half of ``gate``.
-        impl: None, "cpp" or "reference".
+        impl: None, "triton" (not fp64), "cpp" or "reference".
 
     Returns:
         (T, I).
@@ -88,166 +140,90 @@ def silu_mul(gate: Tensor, up: Tensor | None = None, *, impl: str | None = None)
     require_shape(name, gate, "T 2*I" if up is None else "T I", None, None)
     if up is None and gate.shape[1] % 2:
         raise ValueError(f"gate_up must have an even number of columns, got {gate.shape[1]}")
-    if up is not None:
+    if up is not None and not _alike(up, gate):
         require_dtype("up", up, (gate.dtype,))
         require_shape("up", up, "T I", *gate.shape)
-    if resolve("elementwise", impl, gate.device) == "reference":
+        require_same_device(gate=gate, up=up)
+    picked = _pick(impl, gate)
+    if picked == "reference":
         return reference.silu_mul(gate, up)
     require_last_axis_contiguous(name, gate)
+    if up is not None:
+        require_last_axis_contiguous("up", up)
+    if picked == "triton":
+        return _SiluMul.apply(gate, up)
     if up is None:
         return torch.ops.varlen_sft.silu_mul_fused_cpu(gate)
-    require_last_axis_contiguous("up", up)
     return torch.ops.varlen_sft.silu_mul_cpu(gate, up)
 
 
-def _wide(x: Tensor, *shape: int) -> Tensor:
-    return x.new_empty(shape, dtype=reference.accumulation_dtype(x.dtype))
+# ------------------------------------------------------------------------ triton
 
 
-def _dense(grad: Tensor) -> Tensor:
-    return grad if grad.stride(-1) == 1 else grad.contiguous()
+@cache
+def _kernels() -> Any:
+    from varlen_sft.ops import elementwise_triton
+
+    return elementwise_triton
 
 
-@torch.library.custom_op("varlen_sft::rms_norm_cpu", mutates_args=(), device_types="cpu")
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out, rstd = x.new_empty(x.shape), _wide(x, x.shape[0])
-    torch.ops.varlen_sft_c.rms_norm_forward(out, rstd, x, weight, eps, None, None)
-    return out, rstd
+def _pick(impl: str | None, x: Tensor, norm: bool = False) -> str:
+    picked = resolve("elementwise", impl, x.device)
+    if impl is None and picked == "triton":
+        if not is_plain(x):  # a compiler fuses the formulas itself, and modes look into them
+            return "reference"
+        kernels = _kernels()
+        if not (kernels.fits_norm if norm else kernels.fits)(x):
+            return "reference"
+    return picked
 
 
-@_rms_norm.register_fake
-def _(x, weight, eps):
-    return x.new_empty(x.shape), _wide(x, x.shape[0])
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        out, _, rstd = _kernels().rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        needs_weight = ctx.needs_input_grad[1]
+        dx, dweight = _kernels().rms_norm_backward(
+            last_axis_dense(dout), *ctx.saved_tensors, None, needs_weight
+        )
+        return dx, dweight, None
 
 
-@torch.library.custom_op("varlen_sft::add_rms_norm_cpu", mutates_args=(), device_types="cpu")
-def _add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, total, rstd = x.new_empty(x.shape), x.new_empty(x.shape), _wide(x, x.shape[0])
-    torch.ops.varlen_sft_c.rms_norm_forward(out, rstd, x, weight, eps, residual, total)
-    return out, total, rstd
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        out, total, rstd = _kernels().rms_norm(x, weight, eps, residual)
+        ctx.set_materialize_grads(False)  # no zeros for a sum that nobody reads
+        ctx.save_for_backward(total, weight, rstd)
+        return out, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dtotal):
+        if dout is None:
+            return dtotal, dtotal, None, None
+        dx, dweight = _kernels().rms_norm_backward(
+            last_axis_dense(dout),
+            *ctx.saved_tensors,
+            None if dtotal is None else last_axis_dense(dtotal),
+            ctx.needs_input_grad[2],
+        )
+        return dx, dx, dweight, None
 
 
-@_add_rms_norm.register_fake
-def _(x, residual, weight, eps):
-    return x.new_empty(x.shape), x.new_empty(x.shape), _wide(x, x.shape[0])
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return _kernels().silu_mul(gate, up)
 
-
-@torch.library.custom_op("varlen_sft::rms_norm_cpu_backward", mutates_args=(), device_types="cpu")
-def _rms_norm_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dsum: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """dx, to which dsum is added where it is given, and dweight."""
-    dx, dweight = x.new_empty(x.shape), _wide(x, x.shape[1])
-    torch.ops.varlen_sft_c.rms_norm_backward(dx, dweight, dout, x, weight, rstd, dsum)
-    return dx, dweight.to(weight.dtype, copy=True)
-
-
-@_rms_norm_backward.register_fake
-def _(dout, x, weight, rstd, dsum):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _norm_setup(ctx, inputs, output) -> None:
-    x, weight, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, output[1])
-
-
-def _norm_backward(ctx, dout: Tensor, _):
-    x, weight, rstd = ctx.saved_tensors
-    dx, dweight = torch.ops.varlen_sft.rms_norm_cpu_backward(_dense(dout), x, weight, rstd, None)
-    return dx, dweight, None
-
-
-_rms_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
-
-
-def _add_norm_setup(ctx, inputs, output) -> None:
-    _, total, rstd = output
-    ctx.mark_non_differentiable(rstd)
-    ctx.set_materialize_grads(False)  # no zeros for a sum that nobody reads
-    ctx.save_for_backward(total, inputs[2], rstd)
-
-
-def _add_norm_backward(ctx, dout: Tensor | None, dtotal: Tensor | None, _):
-    if dout is None:
-        return dtotal, dtotal, None, None
-    dx, dweight = torch.ops.varlen_sft.rms_norm_cpu_backward(
-        _dense(dout), *ctx.saved_tensors, None if dtotal is None else _dense(dtotal)
-    )
-    return dx, dx, dweight, None
-
-
-_add_rms_norm.register_autograd(_add_norm_backward, setup_context=_add_norm_setup)
-
-
-@torch.library.custom_op("varlen_sft::silu_mul_cpu", mutates_args=(), device_types="cpu")
-def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    out = gate.new_empty(gate.shape)
-    torch.ops.varlen_sft_c.silu_mul_forward(out, gate, up)
-    return out
-
-
-@_silu_mul.register_fake
-def _(gate, up):
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.custom_op("varlen_sft::silu_mul_cpu_backward", mutates_args=(), device_types="cpu")
-def _silu_mul_backward(dout: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    torch.ops.varlen_sft_c.silu_mul_backward(dgate, dup, dout, gate, up)
-    return dgate, dup
-
-
-@_silu_mul_backward.register_fake
-def _(dout, gate, up):
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-
-
-# Fused: one gradient for both halves, so that none has to be put together.
-@torch.library.custom_op("varlen_sft::silu_mul_fused_cpu", mutates_args=(), device_types="cpu")
-def _silu_mul_fused(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    out = gate_up.new_empty(gate.shape)
-    torch.ops.varlen_sft_c.silu_mul_forward(out, gate, up)
-    return out
-
-
-@_silu_mul_fused.register_fake
-def _(gate_up):
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-
-
-@torch.library.custom_op(
-    "varlen_sft::silu_mul_fused_cpu_backward", mutates_args=(), device_types="cpu"
-)
-def _silu_mul_fused_backward(dout: Tensor, gate_up: Tensor) -> Tensor:
-    dgate_up = gate_up.new_empty(gate_up.shape)
-    halves = dgate_up.chunk(2, dim=-1), gate_up.chunk(2, dim=-1)
-    torch.ops.varlen_sft_c.silu_mul_backward(*halves[0], dout, *halves[1])
-    return dgate_up
-
-
-@_silu_mul_fused_backward.register_fake
-def _(dout, gate_up):
-    return gate_up.new_empty(gate_up.shape)
-
-
-def _silu_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _silu_backward(ctx, dout: Tensor):
-    return torch.ops.varlen_sft.silu_mul_cpu_backward(_dense(dout), *ctx.saved_tensors)
-
-
-def _silu_fused_backward(ctx, dout: Tensor):
-    return torch.ops.varlen_sft.silu_mul_fused_cpu_backward(_dense(dout), *ctx.saved_tensors)
-
-
-_silu_mul.register_autograd(_silu_backward, setup_context=_silu_setup)
-_silu_mul_fused.register_autograd(_silu_fused_backward, setup_context=_silu_setup)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        return _kernels().silu_mul_backward(last_axis_dense(dout), *ctx.saved_tensors)

@@ -48,7 +48,12 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """Short hash of the checkout, "+" if it was changed since; "" where there is none."""
+    """Short hash of the checkout, "+" if it was changed since; "" where there is none.
+
+    A copy that lacks its history is told in VARLEN_SFT_COMMIT what it is of.
+    """
+    if told := os.environ.get("VARLEN_SFT_COMMIT"):
+        return told
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=9"]
     try:
         done = subprocess.run([*words, "--dirty=+"], capture_output=True, text=True)

@@ -28,7 +28,7 @@ __all__ = ["CAPABILITIES", "Figures", "all_variants", "compile_all", "compile_va
 GUARDED = ("registers", "shared_bytes", "instructions")
 """Counts that must not grow past the record."""
 
-KERNELS = ("rope_triton", "cross_entropy_triton")
+KERNELS = ("rope_triton", "cross_entropy_triton", "elementwise_triton")
 """Modules of ``varlen_sft.ops`` that hold Triton kernels, each with ``variants()``."""
 
 CAPABILITIES = (80, 90, 100)

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["KernelTraffic", "Traffic", "count", "cross_entropy_least", "rope_least"]
+__all__ = ["KernelTraffic", "Traffic", "count", "cross_entropy_least", "norm_least", "rope_least"]
+__all__ += ["silu_mul_least"]
 
 SECTOR = 32
 """Bytes that a GPU's cache fetches at once."""
@@ -255,3 +256,19 @@ def cross_entropy_least(logits: Tensor, supervised: int, gradient: bool) -> int:
     rows, vocabulary = logits.shape
     passes = supervised + (rows if gradient else 0)
     return passes * vocabulary * logits.element_size() + 12 * rows
+
+
+def norm_least(x: Tensor, residual: bool, backward: bool) -> int:
+    """Bytes that a norm of rows cannot do without, there or back; with ``residual`` the addition of
+    another tensor, and back another gradient of the sum.
+
+    Of each row 1 / rms is kept, in fp32; the weight is read, and its gradient written.
+    """
+    rows, channels = x.shape
+    passes = (3 if backward else 2) + (1 if backward else 2) * residual
+    return (passes * rows + 1 + backward) * channels * x.element_size() + 4 * rows
+
+
+def silu_mul_least(product: Tensor, backward: bool) -> int:
+    """Bytes that silu(gate) * up of a product's shape cannot do without, there or back."""
+    return (5 if backward else 3) * product.nbytes

@@ -99,7 +99,7 @@ def load_model(config: ModelConfig, folder: Path, seed: int = 0) -> LlamaForSFT 
     """
     impl = config.impl or _impl(config, folder)
     if config.compile and impl == "hf":
-        raise InputError("model.compile needs model.impl: own; the layers of a patched model run eagerly")
+        raise InputError("model.compile needs model.impl: own; patched models run eagerly")
     model = _own(config, folder, seed) if impl == "own" else _patched(config, folder, seed)
     freeze(model, config.frozen)
     return model.train()
