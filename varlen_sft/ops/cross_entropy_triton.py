@@ -42,8 +42,8 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-# A thread has 16 bytes under way, in one 128-bit load, while it works on as many; programs of 4 warps
-# are so light that every SM holds as many as it has threads for. On an H100 that took 0.69 ms for
+# A thread has 16 bytes under way, in one 128-bit load, while it works on as many; programs of 4
+# warps are so light that every SM holds as many as it has threads for. On an H100 that took 0.69 ms for
 # 3277 rows of V = 128k, where two programs of 8 warps with twice as much per thread took 0.81.
 # The tanh of a softcap, and the addresses of narrow accesses, take more registers.
 _LAUNCHES = (
