@@ -43,8 +43,8 @@ class Launch(NamedTuple):
 
 
 # A thread has 16 bytes under way, in one 128-bit load, while it works on as many; programs of 4
-# warps are so light that every SM holds as many as it has threads for. On an H100 that took 0.69 ms for
-# 3277 rows of V = 128k, where two programs of 8 warps with twice as much per thread took 0.81.
+# warps are so light that every SM holds as many as it has threads for. On an H100 that took 0.69 ms
+# for 3277 rows of V = 128k, where two programs of 8 warps with twice as much per thread took 0.81.
 # The tanh of a softcap, and the addresses of narrow accesses, take more registers.
 _LAUNCHES = (
     Launch(2, True, 2048, 512, 1),  # a warp alone needs no barriers; bytes, characters, tests
