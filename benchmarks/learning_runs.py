@@ -29,14 +29,14 @@ from varlen_sft.train.config import (
 
 __all__ = ["DIALOGUES", "STEPS", "VARIANT_STEPS", "Task", "fine_tune", "from_scratch"]
 
-STEPS, DIALOGUES = 9000, 30000
-VARIANT_STEPS = 4000
+STEPS, DIALOGUES = 5000, 22000
+VARIANT_STEPS = 2500
 FINE_DIALOGUES = 8000
 TURNS = (2, 4)
 SHORT = 0.15  # of a run: short dialogues alone, where to copy from is found sooner
 SCRATCH = OptimConfig(lr=1e-3, warmup=0.02, floor=0.0)
 FINE = OptimConfig(lr=2e-4, warmup=0.05, floor=0.0)
-STREAM = {"max_tokens": 1024, "packs_per_step": 2, "accumulate": 1}
+STREAM = {"max_tokens": 1024, "packs_per_step": 4, "accumulate": 1}
 """Short packs, so that those of a step can be of one cost or of several; one micro-batch."""
 POINTS = 50  # of a curve
 
