@@ -34,9 +34,9 @@ def linear_cross_entropy(
 ) -> LossOutput:
     """Weighted cross-entropy of ``hidden @ linear_weight.T``; logits exist in chunks only.
 
-    Rows that are not supervised (label -100 or weight 0) never meet the vocabulary. Loss, hidden
-    gradient and weight gradient of a chunk are made while its logits are there, so the backward
-    pass only scales them.
+    Rows that are not supervised (label -100 or weight 0) never meet the vocabulary. Where all rows
+    are one chunk, the gradient of its logits is kept for the backward; of several, the gradients of
+    hidden and weight are made while their logits are there, and the backward only scales them.
 
     Args:
         hidden, linear_weight, linear_bias: one dtype: fp64, fp32, bf16 or fp16.

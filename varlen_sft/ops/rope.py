@@ -13,6 +13,7 @@ from varlen_sft.ops.backends import resolve
 from varlen_sft.ops.checks import (
     FLOATS,
     INTEGERS,
+    last_axis_dense,
     require_dtype,
     require_last_axis_contiguous,
     require_same_device,
@@ -245,12 +246,7 @@ def _backward(ctx, dq: Tensor, dk: Tensor):
 def _turned_back(run: Callable[..., Any], ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
     # The transpose of a rotation is the rotation by the negated angle: one kernel serves both ways.
     modes = ctx.interleaved, ctx.hf, not ctx.inverse, ctx.impl
-    return *run(_rows(dq), _rows(dk), *ctx.saved_tensors, *modes), *(None,) * 7
-
-
-def _rows(grad: Tensor) -> Tensor:
-    """An expanded gradient (of a sum, say) has stride 0 on its last axis; others pass as is."""
-    return grad if grad.stride(-1) == 1 else grad.contiguous()
+    return *run(last_axis_dense(dq), last_axis_dense(dk), *ctx.saved_tensors, *modes), *(None,) * 7
 
 
 _rope.register_autograd(_backward, setup_context=_setup_context)
