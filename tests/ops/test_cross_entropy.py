@@ -185,6 +185,30 @@ def test_rows_that_are_not_supervised_may_hold_nan(impl):
     assert torch.isfinite(logits.grad).all()
 
 
+@pytest.mark.parametrize("chunk_bytes", [2**30, 1], ids=["one chunk", "many"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_pads_of_the_rows_read_none_that_may_hold_nan(impl, chunk_bytes):
+    """In one chunk gradients are left to the backward; of many the last has pads alone."""
+    hidden, weight, _, labels, _ = make(600, 8, 133)
+    labels[0], labels[300:] = -100, -100
+    rows = torch.nn.functional.pad((labels != -100).nonzero().flatten(), (0, 200), value=-1)
+    gradients = []
+    for garbage in (0.0, float("nan")):
+        hidden = hidden.detach().clone().requires_grad_()
+        hidden.data[labels == -100] = garbage
+        output = linear_cross_entropy(
+            hidden,
+            weight.requires_grad_(),
+            labels,
+            rows=rows,
+            impl=impl,
+            options=LossOptions(chunk_bytes=chunk_bytes),
+        )
+        gradients.append(torch.autograd.grad(output.loss_sum, (hidden, weight)))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_row_does_not_depend_on_its_neighbours(impl):
     logits = torch.randn(9, 1003, generator=torch.Generator().manual_seed(0))

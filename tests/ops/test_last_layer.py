@@ -189,6 +189,13 @@ def test_picked_rows_and_their_gradients():
     assert torch.equal(dx[[4, 1, 2]], grad[[0, 1, 3]]) and (dx[[0, 3]] == 0).all()
 
 
+def test_pads_pick_a_row_that_is_picked_anyway():
+    """Row 0 may hold anything, and 0 * NaN would be in the gradients of the layer's weights."""
+    x = torch.tensor([[float("nan")], [1.0], [2.0]])
+    assert pick_rows(x, torch.tensor([1, 2, -1])).flatten().tolist() == [1.0, 2.0, 2.0]
+    assert pick_rows(x, torch.tensor([], dtype=torch.int64)).shape == (0, 1)
+
+
 def test_gradients_of_repeated_rows_are_added_in_fp32():
     x = torch.zeros(3, 1, dtype=torch.bfloat16, requires_grad=True)
     picked = pick_rows(x, torch.tensor([1] * 300 + [2]), repeated=True)

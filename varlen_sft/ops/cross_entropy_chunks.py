@@ -13,6 +13,7 @@ from varlen_sft.ops.cross_entropy_rows import (
     RowScores,
     check_values,
     leaves_factor,
+    readable,
     score_rows,
     supervised_rows,
 )
@@ -128,8 +129,9 @@ class Head:
         if later:
             scored[: len(rows)] = rows
         size = len(rows) if self.one_chunk else chunk_rows(self.weight, chunk_bytes, self.needs[1])
-        for chunk in rows.split(max(size, 1)):
-            self._add_chunk(chunk, labels, token_weights)
+        size = max(size, 1)
+        for chunk, index in zip(rows.split(size), readable(rows).split(size), strict=True):
+            self._add_chunk(chunk, index, labels, token_weights)
         per_row = (out[:-1] for out in self.per_row)
         gradients = self.dhidden[:-1], self.dweight, self.dbias
         return *self.sums, *per_row, *gradients, self.dlogits, scored, self.factor
@@ -162,8 +164,9 @@ class Head:
             raise ValueError(f"rows must be in [-1, {total}), got {int(rows[~good][0])}")
         return rows
 
-    def _add_chunk(self, rows: Tensor, labels: Tensor, token_weights: Tensor) -> None:
-        index = rows.clamp(min=0)
+    def _add_chunk(
+        self, rows: Tensor, index: Tensor, labels: Tensor, token_weights: Tensor
+    ) -> None:
         target = torch.where(rows >= 0, labels[index], IGNORE_INDEX)
         inputs = self.hidden[index]
         if len(self.dlogits):
@@ -261,7 +264,7 @@ def deferred_gradients(
     if dloss.is_cpu:
         written = int((scored != UNWRITTEN).sum())
         dlogits, scored, factor = dlogits[:written], scored[:written], factor[:written]
-    inputs = hidden[scored.clamp(min=0)]
+    inputs = hidden[readable(scored)]
     if dloss.is_cpu and not len(factor):
         dinputs, dweight, dbias = _by_alpha(dlogits, inputs, weight, dloss, needs)
     else:

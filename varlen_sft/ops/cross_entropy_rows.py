@@ -40,6 +40,16 @@ def supervised_rows(labels: Tensor, token_weights: Tensor | None = None) -> Tens
     return torch.nn.functional.pad(rows, (0, -rows.shape[0] % ROW_MULTIPLE), value=-1)
 
 
+def readable(rows: Tensor) -> Tensor:
+    """``rows`` to read by: a pad (-1) reads the last row of all that are meant, 0 if none is.
+
+    Its gradient is 0, and 0 * NaN is NaN: a row that nobody scores may hold anything.
+    """
+    if rows.shape[0] == 0:
+        return rows
+    return torch.where(rows >= 0, rows, rows.amax().clamp(min=0))
+
+
 class RowScores(NamedTuple):
     """What is known of each of n rows, in fp32 (fp64 for fp64); 0 where one is not supervised."""
 

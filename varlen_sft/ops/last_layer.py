@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from varlen_sft.ops.cross_entropy import linear_cross_entropy
+from varlen_sft.ops.cross_entropy_rows import readable
 from varlen_sft.types import IGNORE_INDEX, LossOptions, LossOutput, Sequences
 
 __all__ = ["LastRows", "QueryRuns", "last_rows", "pick_rows", "query_runs", "rows_cross_entropy"]
@@ -220,7 +221,7 @@ def pick_rows(x: Tensor, rows: Tensor, *, repeated: bool = False) -> Tensor:
 
     Args:
         x: (T, ...).
-        rows: (n,) int64 in [0, T), each once, or -1: such a row is some row of x, and what comes
+        rows: (n,) int64 in [0, T), each once, or -1: such a row is another of them, and what comes
             back for it is dropped.
         repeated: rows may be there several times, and none is -1. Their gradients are then added,
             on a CPU in fp32 (fp64 for fp64), on a GPU in no fixed order.
@@ -236,7 +237,7 @@ class _PickRows(torch.autograd.Function):
     def forward(ctx, x: Tensor, rows: Tensor, repeated: bool) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.total, ctx.repeated = x.shape[0], repeated
-        return x.index_select(0, rows if repeated else rows.clamp(min=0))
+        return x.index_select(0, rows if repeated else readable(rows))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
