@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import tiny_hf_config, tiny_model
+from tests.helpers import random_samples, tiny_hf_config, tiny_model
 from tests.train.ranks import on_ranks
+from varlen_sft.data.batch import collate
 from varlen_sft.models.llama import LlamaForSFT
 from varlen_sft.ops.sequences import sequences_from_lengths
 from varlen_sft.train.config import ModelConfig
 from varlen_sft.train.distributed import World, world
 from varlen_sft.train.greedy import Prompt, decoder, greedy
-from varlen_sft.train.parallel import shard
+from varlen_sft.train.parallel import blocks, shard
 from varlen_sft.train.setup_model import PatchedForSFT, load_model
 
 transformers = pytest.importorskip("transformers")
@@ -111,6 +112,31 @@ def test_a_patched_model_says_what_generate_says(family):
     assert len({tuple(ids) for ids in said}) > 1
     varlen_sft.patch(model, prune_last_layer=True)
     assert greedy(PatchedForSFT(model), prompts(), MOST, World()) == said
+
+
+@pytest.mark.filterwarnings("default")  # of the compiler
+def test_blocks_compiled_for_packs_answer_eagerly(folder, expected):
+    import varlen_sft
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = loaded(folder)
+    varlen_sft.patch(model)
+    patched = PatchedForSFT(model).train()
+    for block in blocks(patched):
+        block.forward = torch.compile(block.forward, backend=backend, dynamic=True)
+    batch = collate(random_samples([5, 9, 12]))
+    for _ in range(2):
+        patched(batch)
+        compiled = len(graphs)
+        assert compiled
+        assert greedy(patched, prompts(), MOST, World()) == expected
+        assert len(graphs) == compiled
+    assert compiled == 1  # the pack's, which is there still
 
 
 def test_nothing_of_the_model_or_of_random_numbers_is_changed(folder):

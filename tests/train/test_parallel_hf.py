@@ -14,13 +14,13 @@ from varlen_sft.train.distributed import world
 from varlen_sft.train.loop import Loop
 from varlen_sft.train.optimizer import MasterAdamW
 from varlen_sft.train.options import TrainOptions
-from varlen_sft.train.parallel import Parallel, evaluate_steps, shard
+from varlen_sft.train.parallel import Parallel, blocks, evaluate_steps, shard
 from varlen_sft.train.setup_model import PatchedForSFT
 
 pytest.importorskip("peft")
 
 
-def train(strategy: str, accumulate: int, lora: bool) -> dict[str, Any]:
+def train(strategy: str, accumulate: int, lora: bool, compiled: bool = False) -> dict[str, Any]:
     """Losses and norms of four steps in fp64, the last layer pruned."""
     import varlen_sft
     from tests.integrations.families import tiny_hf
@@ -31,6 +31,8 @@ def train(strategy: str, accumulate: int, lora: bool) -> dict[str, Any]:
         model = with_lora(model) if lora else model
         varlen_sft.patch(model, prune_last_layer=True)
         module = PatchedForSFT(model)
+        for block in blocks(module) if compiled else ():
+            block.forward = torch.compile(block.forward, backend="eager", dynamic=True)
         if strategy == "fsdp":
             shard(module, here)
         optimizer = MasterAdamW(module, eps=EPS)
@@ -54,12 +56,16 @@ def with_lora(model: Any) -> Any:
         return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
-@pytest.mark.parametrize(("strategy", "lora"), [("ddp", False), ("fsdp", False), ("fsdp", True)])
-def test_two_ranks_are_one(strategy, lora):
+@pytest.mark.filterwarnings("default")  # of the compiler
+@pytest.mark.parametrize(
+    ("strategy", "lora", "compiled"),
+    [("ddp", False, False), ("fsdp", False, False), ("fsdp", True, False), ("fsdp", True, True)],
+)
+def test_two_ranks_are_one(strategy, lora, compiled):
     one = train("ddp", 4, lora)
     assert len(one["numbers"]) == 8
     assert all(("lora" in name) == lora for name in one["trained"])
-    for other in on_ranks(2, train, strategy, 2, lora):
+    for other in on_ranks(2, train, strategy, 2, lora, compiled):
         assert other["numbers"] == pytest.approx(one["numbers"], rel=1e-10)
         assert other["valid"] == pytest.approx(one["valid"], rel=1e-10)
         assert other["trained"] == one["trained"]

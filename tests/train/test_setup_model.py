@@ -146,7 +146,8 @@ def test_activation_checkpointing_changes_no_gradient_and_computes_layers_twice(
         torch.testing.assert_close(grad, grads_saving[name], rtol=1e-4, atol=1e-6)
 
 
-def test_compiling_is_asked_for_every_layer(folder, monkeypatch):
+@pytest.mark.parametrize("impl", ["own", "hf"])
+def test_compiling_is_asked_for_every_layer(folder, monkeypatch, impl):
     asked = []
 
     def compiled(forward, **options):
@@ -154,18 +155,41 @@ def test_compiling_is_asked_for_every_layer(folder, monkeypatch):
         return forward
 
     monkeypatch.setattr(torch, "compile", compiled)
-    model = load(folder, compile=True, activation_checkpointing=True)
+    model = load(folder, compile=True, activation_checkpointing=True, impl=impl)
+    eager = load(folder, activation_checkpointing=True, impl=impl)
+    assert len(asked) == 2
     assert asked == [(block, {"dynamic": True}) for block in blocks(model)]
-    assert step(model)[0] == step(load(folder))[0]
-    with pytest.raises(InputError, match="model.compile needs model.impl: own"):
-        load(folder, compile=True, impl="hf")
+    assert step(model)[0] == step(eager)[0]
+
+
+@pytest.mark.filterwarnings("default")  # of the compiler
+def test_patched_layers_are_one_graph_each_and_few_for_all_lengths(folder, monkeypatch):
+    """That a pack has other lengths, or a table of RoPE has grown, is nothing to compile for."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kw: real(f, backend=backend, fullgraph=True, **kw)
+    )
+    plain, model = (load(folder, impl="hf", compile=on) for on in (False, True))
+    for lengths in ([5, 9, 12, 3], [20, 7, 30], [70], [8] * 6, [2, 90], [64, 64]):
+        batch = collate(random_samples(lengths))
+        losses = [float(made(batch).loss_sum.detach()) for made in (plain, model)]
+        assert math.isclose(*losses, rel_tol=1e-5)
+    # The last layer prunes and is one of its own; the first call takes sizes for constants.
+    assert len(graphs) <= 4
 
 
 @pytest.mark.e2e
 @pytest.mark.filterwarnings("default")  # the compiler has some of its own
-def test_compiled_layers_compute_the_same(folder):
-    loss, _, grads = step(load(folder))
-    loss_compiled, _, grads_compiled = step(load(folder, compile=True))
+@pytest.mark.parametrize("impl", ["own", "hf"])
+def test_compiled_layers_compute_the_same(folder, impl):
+    loss, _, grads = step(load(folder, impl=impl))
+    loss_compiled, _, grads_compiled = step(load(folder, impl=impl, compile=True))
     assert math.isclose(loss, loss_compiled, rel_tol=1e-5)
     assert math.isclose(norm(grads), norm(grads_compiled), rel_tol=1e-4)
 

@@ -6,8 +6,9 @@ call of all ranks. Nothing is drawn, nothing of the model is left changed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -99,8 +100,18 @@ def _gathered(model: nn.Module, changed: AbstractContextManager[None]) -> Iterat
     give_back(model)
 
 
+def _eagerly() -> AbstractContextManager[Any]:
+    if "torch._dynamo" not in sys.modules:  # takes a second, and nothing was compiled without it
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 class _PatchedReader:
-    """transformers' own way, sequence by sequence: a call that speaks of no pack is not ours."""
+    """transformers' own way, sequence by sequence: a call that speaks of no pack is not ours.
+
+    Blocks that were compiled for packs run eagerly: lengths and caches of every prompt would be
+    compiled anew.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -108,7 +119,8 @@ class _PatchedReader:
 
     def __call__(self, ids: Sequence[Tensor]) -> Tensor:
         """In the place of the model's forward: (B, V)."""
-        return torch.stack([self._last(k, of) for k, of in enumerate(ids)])
+        with _eagerly():
+            return torch.stack([self._last(k, of) for k, of in enumerate(ids)])
 
     def _last(self, k: int, ids: Tensor) -> Tensor:
         made = self.model(

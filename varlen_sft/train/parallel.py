@@ -163,9 +163,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     alike = [found for found in lists if len({type(block) for block in found}) == 1]
     if not alike:
-        raise ValueError(
-            f"{type(model).__name__} must hold its blocks in a ModuleList to be sharded, has none"
-        )
+        raise ValueError(f"{type(model).__name__} must hold its blocks in a ModuleList, has none")
     return max(alike, key=lambda found: sum(p.numel() for p in found.parameters()))
 
 

@@ -18,6 +18,7 @@ from varlen_sft.models.export import MAX_SHARD_BYTES, copy_companions, full_weig
 from varlen_sft.models.llama import LlamaForSFT
 from varlen_sft.train.config import ModelConfig
 from varlen_sft.train.optimizer import freeze
+from varlen_sft.train.parallel import blocks
 from varlen_sft.types import LossOutput
 
 __all__ = ["DTYPES", "PatchedForSFT", "base_fingerprint", "load_model", "model_folder"]
@@ -98,8 +99,6 @@ def load_model(config: ModelConfig, folder: Path, seed: int = 0) -> LlamaForSFT 
             that match no parameter, or that freeze them all.
     """
     impl = config.impl or _impl(config, folder)
-    if config.compile and impl == "hf":
-        raise InputError("model.compile needs model.impl: own; patched models run eagerly")
     model = _own(config, folder, seed) if impl == "own" else _patched(config, folder, seed)
     freeze(model, config.frozen)
     return model.train()
@@ -135,7 +134,12 @@ def _own(config: ModelConfig, folder: Path, seed: int) -> LlamaForSFT:
     else:
         model = LlamaForSFT.from_pretrained(folder, dtype=dtype)
     for block in model.layers:
-        _change_forward(block, config)
+        if config.compile:
+            _compile(block)
+        if config.activation_checkpointing:
+            from torch.utils.checkpoint import checkpoint
+
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model
 
 
@@ -176,6 +180,9 @@ def _patched(config: ModelConfig, folder: Path, seed: int) -> PatchedForSFT:
         raise InputError(str(error), file=folder) from error
     if config.activation_checkpointing:
         _recompute(model)
+    if config.compile:
+        for block in blocks(model):
+            _compile(block)
     return PatchedForSFT(model)
 
 
@@ -205,11 +212,6 @@ def _recompute(model: Any) -> None:
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def _change_forward(block: Any, config: ModelConfig) -> None:
+def _compile(block: Any) -> None:
     """Of the instance, not by a wrapper: names of parameters stay."""
-    if config.compile:
-        block.forward = torch.compile(block.forward, dynamic=True)
-    if config.activation_checkpointing:
-        from torch.utils.checkpoint import checkpoint
-
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    block.forward = torch.compile(block.forward, dynamic=True)
