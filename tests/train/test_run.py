@@ -17,16 +17,18 @@ from tests.train.ranks import on_ranks
 from tests.train.setups import small_run
 from varlen_sft.errors import InputError
 from varlen_sft.models.llama import LlamaForSFT
+from varlen_sft.tools.run_report import write_run_report
 from varlen_sft.train.config_file import read_config
 from varlen_sft.train.journal import Journal
 from varlen_sft.train.run import run
 
 
-def train(folder: Path, *arguments: str) -> tuple[str, str]:
+def train(folder: Path, *arguments: str, report: Any = None) -> tuple[str, str]:
     """(how it ended, what was said)."""
     console = Console(record=True, width=200, file=open(os.devnull, "w"))
     with console.file:
-        ended = run(small_run(folder, *arguments), console, lambda: nullcontext(lambda *a: None))
+        config, quiet = small_run(folder, *arguments), lambda: nullcontext(lambda *a: None)
+        ended = run(config, console, quiet, report)
     return ended, console.export_text()
 
 
@@ -101,11 +103,13 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, monkeyp
     arguments = ("--valid_every", "4", "--checkpoint.every", "4", "--lr", "0.01")
     with monkeypatch.context() as patched:
         stop_after(patched, 2, number)
-        ended, said = train(tmp_path, *arguments)
+        ended, said = train(tmp_path, *arguments, report=write_run_report)
     done = log(tmp_path)[-1]["step"]
     assert ended == "asked" and 2 <= done <= 4
     assert f"saved after step {done}; to go on: " in said
     assert not (tmp_path / "out" / "model").exists()
+    page = tmp_path / "out" / "report.html"
+    assert f"written: {page}" in said and "</html>" in page.read_text()
     with (tmp_path / "out" / "log.jsonl").open("a") as file:
         file.write('{"event": "st')  # as a killed run may leave it
     ended, said = train(tmp_path, *arguments)
@@ -137,7 +141,15 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path):
     assert list((tmp_path / "out" / "checkpoints").glob("step-0*1"))
 
 
-@pytest.mark.parametrize("options", [("--impl", "hf"), ("--lora_rank", "2"), ("--isolate=false",)])
+COMPILED = pytest.param(
+    ("--impl", "hf", "--compile", "true"),
+    marks=[pytest.mark.e2e, pytest.mark.filterwarnings("default")],  # of the compiler
+)
+
+
+@pytest.mark.parametrize(
+    "options", [("--impl", "hf"), ("--lora_rank", "2"), ("--isolate=false",), COMPILED]
+)
 def test_other_models_and_modes_train(tmp_path, options):
     ended, _ = train(tmp_path, "--steps", "3", "--lr", "0.01", "--valid_every", "3", *options)
     steps = log(tmp_path)
