@@ -24,6 +24,7 @@ None of the held-out ones is trained on.
   scratch   a Llama of 1.5M parameters, one token a character, random weights, as `varlen-sft train`
             trains it; read back and asked by transformers' generate
   broken    shorter runs, as they should be and with one thing wrong in each: what is that worth
+  spread    as it should be with two other seeds: what a difference between two runs is worth
   order     the same with steps in order of cost, and with packs that nobody sorted
   finetune  SmolLM2-135M-Instruct, ten minutes; before and after
 
@@ -31,17 +32,24 @@ A section that is not asked for stays in the file as it was.
 """
 
 
-def variants(section: str) -> dict[str, tuple[dict[str, Any], AbstractContextManager[Any]]]:
-    """By name: what the configuration says otherwise, and what is put in place meanwhile."""
+Run = tuple[int, dict[str, Any], AbstractContextManager[Any]]
+"""Its seed, what the configuration of its stream says otherwise, what is put in place meanwhile."""
+
+
+def asked_runs(section: str, seeds: int) -> dict[str, Run]:
+    """By name; ``seeds`` are those of scratch."""
+    if section in ("scratch", "spread"):
+        others = range(seeds) if section == "scratch" else (1, 2)
+        return {f"seed {seed}": (seed, {}, nullcontext()) for seed in others}
     if section == "order":
         return {
-            "cheapest first": ({}, cheapest_first()),
-            "the same steps, shuffled": ({}, cheapest_first(shuffled=True)),
-            "not sorted": ({"balance": "none"}, nullcontext()),
+            "cheapest first": (0, {}, cheapest_first()),
+            "the same steps, shuffled": (0, {}, cheapest_first(shuffled=True)),
+            "not sorted": (0, {"balance": "none"}, nullcontext()),
         }
-    broken: dict[str, Any] = {AS_IT_IS: ({}, nullcontext())}
-    broken |= {name: ({}, batches_from(make)) for name, make in BATCHES.items()}
-    return broken | {"stream.isolate: false": ({"isolate": False}, nullcontext())}
+    broken: dict[str, Run] = {AS_IT_IS: (0, {}, nullcontext())}
+    broken |= {name: (0, {}, batches_from(make)) for name, make in BATCHES.items()}
+    return broken | {"stream.isolate: false": (0, {"isolate": False}, nullcontext())}
 
 
 def measure(section: str, args: argparse.Namespace, scratch: Path, say: Any) -> dict[str, Any]:
@@ -51,12 +59,8 @@ def measure(section: str, args: argparse.Namespace, scratch: Path, say: Any) -> 
         found = learning_runs.fine_tune(args.minutes * 60, args.fine_tuned, scratch)
         return {"SmolLM2-135M-Instruct": found}
     found = {}
-    if section == "scratch":
-        runs = {f"seed {seed}": (seed, {}, nullcontext()) for seed in range(args.seeds)}
-    else:
-        runs = {name: (0, stream, meanwhile)
-                for name, (stream, meanwhile) in variants(section).items()}  # fmt: skip
-    for number, (name, (seed, stream, meanwhile)) in enumerate(runs.items()):
+    for number, (name, run) in enumerate(asked_runs(section, args.seeds).items()):
+        seed, stream, meanwhile = run
         say(f"{section}: {name}")
         steps = args.steps if section == "scratch" else min(args.steps, args.variant_steps)
         dialogues = round(args.dialogues * steps / args.steps)
@@ -74,7 +78,7 @@ def main() -> int:
     add("--seeds", type=int, default=2, help="of the runs from scratch (default: 2)")
     add("--steps", type=int, default=learning_runs.STEPS, help="of a run (default: %(default)s)")
     add("--variant-steps", type=int, default=learning_runs.VARIANT_STEPS,
-        help="of a run of broken and order (default: %(default)s)")  # fmt: skip
+        help="of a run of broken, spread and order (default: %(default)s)")  # fmt: skip
     add("--dialogues", type=int, default=learning_runs.DIALOGUES, help="default: %(default)s")
     add("--held-out", type=int, default=200, help="dialogues (default: 200)")
     add("--fine-tuned", type=int, default=50, help="held-out dialogues of finetune (default: 50)")

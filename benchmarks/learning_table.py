@@ -10,7 +10,7 @@ from rich.table import Table
 __all__ = ["AS_IT_IS", "SECTIONS", "goals", "spark", "tables"]
 
 AS_IT_IS = "as it is"
-SECTIONS = ["scratch", "broken", "order", "finetune"]
+SECTIONS = ["scratch", "broken", "spread", "order", "finetune"]
 SHARE, SECONDS, PARAMETERS = 0.95, 15 * 60, 3_000_000  # promised of each run from scratch
 WORSE = ("mask one token late", "turns as samples", "stream.isolate: false")
 """What has to show. RoPE sees only differences of positions, so that positions that run on change
@@ -20,6 +20,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 _TITLES = {
     "scratch": "From random weights",
     "broken": "Broken on purpose, seed 0",
+    "spread": "As it is, other seeds",
     "order": "Order of steps, seed 0",
 }
 
