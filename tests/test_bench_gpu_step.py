@@ -178,11 +178,3 @@ def test_another_loss_is_no_table(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, tmp_path / "step.json", "--no-compile") == 1
     assert "No table of tiny: ours must be within" in capsys.readouterr().out
     assert json.loads((tmp_path / "step.json").read_text())["tables"] == []
-
-
-def test_without_a_device_it_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["bench_gpu_step.py"])
-    assert bench_gpu_step.main() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 and "finds no CUDA device: nothing was measured" in lines[0]

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # where these scripts find each other
 
 import bench_gpu  # noqa: E402
+import bench_gpu_step  # noqa: E402
 import gpu_timing  # noqa: E402
 import head_checks  # noqa: E402
 import op_groups  # noqa: E402
@@ -256,10 +257,11 @@ def test_groups_of_the_gpu_table_on_this_machine(monkeypatch):
     assert list(edges.seconds) == ["ours", "torch ops"]
 
 
-def test_without_a_device_the_gpu_table_says_so(capsys, monkeypatch):
+@pytest.mark.parametrize("script", [bench_gpu, bench_gpu_step])
+def test_without_a_device_the_gpu_tables_say_so(script, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["bench_gpu.py"])
-    assert bench_gpu.main() == 0
+    monkeypatch.setattr(sys, "argv", [script.__file__])
+    assert script.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and "finds no CUDA device: nothing was measured" in lines[0]
 
