@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tests.train.runs import stream, whole
 from varlen_sft.data.files import HashedFile
 from varlen_sft.train import checkpoint
 from varlen_sft.train.checkpoint import Checkpointer, ModelState, RandomState, RunIds
+from varlen_sft.train.checkpoint_folder import locked
 from varlen_sft.train.distributed import world
 from varlen_sft.train.loop import Loop
 from varlen_sft.train.optimizer import MasterAdamW
@@ -144,18 +147,40 @@ def killed_after(seconds: float, out: Path, *args: Any, **options: Any) -> Any:
     return run(out, *args, **options)
 
 
-def stopped_writing(out: Path) -> Any:
-    """A rank that answers no more while it writes, and one that waits for it; its error."""
-    with world(timeout_s=30) as here:
+def stopped_writing(out: Path, waits: bool = True) -> Any:
+    """A rank that answers no more while it writes, and one that waits for it, or for its part of a
+    sum; its error."""
+    with world(timeout_s=30 if waits else 2) as here:
         if here.rank == 1:
             here.store.set("stopped", str(os.getpid()))
             HashedFile.write = lambda file, data: os.kill(os.getpid(), signal.SIGSTOP)
-        with Checkpointer(out / "checkpoints", timeout_s=2) as checkpoints:
-            checkpoints.save({"run": TrainState(), "random": RandomState(here.rank)}, 1)
-            try:
+        try:
+            with Checkpointer(out / "checkpoints", timeout_s=2) as checkpoints:
+                checkpoints.save({"run": TrainState(), "random": RandomState(here.rank)}, 1)
+                while not waits:
+                    here.sum(torch.ones(1))
                 checkpoints.wait()
-            finally:
-                os.kill(int(here.store.get("stopped")), signal.SIGKILL)
+        finally:
+            os.kill(int(here.store.get("stopped")), signal.SIGKILL)
+
+
+def newest_of(folder: Path) -> str:
+    """The newest checkpoint that is whole, by name, of all ranks."""
+    with world(timeout_s=30), warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        with Checkpointer(folder) as checkpoints:
+            return checkpoints.latest().name
+
+
+def held_by_rank_1(folder: Path) -> None:
+    """Checkpoints in a folder that another run holds."""
+    with world(timeout_s=30) as here, ExitStack() as held:
+        if here.rank == 1:
+            held.enter_context(locked(folder))
+        here.barrier()
+        try:
+            Checkpointer(folder)
+        finally:
+            here.barrier()
 
 
 class OneRow(torch.nn.Module):

@@ -9,6 +9,8 @@ import subprocess
 import pytest
 import torch
 
+from tests.train.ranks import on_ranks
+from tests.train.resumable import held_by_rank_1, newest_of
 from tests.train.saved import contents, made, names, saved, tensors
 from varlen_sft.errors import InputError, RunError
 from varlen_sft.train import checkpoint_folder
@@ -51,6 +53,40 @@ def flip(path, at: int) -> None:
 
 def cut(path, word: str) -> None:
     path.write_text("".join(x for x in path.read_text().splitlines(True) if word not in x))
+
+
+def test_a_step_that_is_damaged_again_is_set_aside_again(tmp_path):
+    for seed in (0, 1):
+        path = saved(tmp_path, made(seed), 1, 2)
+        flip(path / "stream.json", 9)
+        before = contents(path)
+        with Checkpointer(tmp_path) as checkpoints, pytest.warns(RuntimeWarning, match="stream"):
+            assert checkpoints.latest() == tmp_path / "step-00000001"
+        assert names(tmp_path) == ["step-00000001", "step-00000002.damaged"]
+        assert contents(tmp_path / "step-00000002.damaged") == before
+
+
+def test_ranks_that_share_the_files_out_pass_over_the_same_checkpoints(tmp_path):
+    saved(tmp_path, made(), 1, 2, 3, keep=3)
+    for step, name in ((3, "run.json"), (2, "rank-00000.safetensors")):  # of rank 0, and of rank 1
+        flip(tmp_path / f"step-0000000{step}" / name, 9)
+    assert on_ranks(2, newest_of, tmp_path) == ["step-00000001"] * 2
+    assert names(tmp_path) == ["step-00000001", "step-00000002.damaged", "step-00000003.damaged"]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda file: flip(file, 9),
+        lambda file: file.write_bytes(file.read_bytes()[:1000]),
+        lambda file: file.unlink(),
+    ],
+    ids=["flipped", "cut", "gone"],
+)
+def test_a_damaged_index_is_passed_over_by_all_ranks(tmp_path, harm):
+    saved(tmp_path, made(), 1, 2)
+    harm(tmp_path / "step-00000002" / "checkpoint.json")
+    assert on_ranks(2, newest_of, tmp_path) == ["step-00000001"] * 2
 
 
 def test_nothing_good_is_an_error_not_a_fresh_start(tmp_path):
@@ -127,6 +163,11 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path):
         assert checkpoints.latest() == path
         checkpoints.save(made(), 2)
     assert names(tmp_path) == ["step-00000002"]
+
+
+def test_a_folder_that_rank_0_cannot_have_is_named_on_every_rank(tmp_path):
+    for name, told in on_ranks(2, held_by_rank_1, tmp_path):
+        assert name == "RunError" and "another run writes its checkpoints here (process" in told
 
 
 def test_a_failed_write_shows_before_anybody_waits(tmp_path, monkeypatch):

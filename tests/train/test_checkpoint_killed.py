@@ -162,6 +162,13 @@ def test_a_rank_that_does_not_answer_while_it_writes_is_an_error(out):
     assert folder(out) in ([], ["step-00000001.tmp"])
 
 
+def test_a_step_that_a_rank_leaves_is_an_error_before_the_write_ends(out):
+    began = time.monotonic()
+    (name, told), other = on_ranks(2, stopped_writing, out, False)
+    assert name == "RankLost" and "rank 1 gives no sign of life (" in told and other is None
+    assert time.monotonic() - began < 25
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), (2, "fsdp")])
 def test_killed_at_twenty_instants_it_goes_on_bit_for_bit(tmp_path, out, ranks, strategy):

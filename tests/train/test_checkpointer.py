@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +64,21 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path, monkeypatch):
     assert here["run"].step == 1
 
 
+def test_lists_within_a_state_are_those_of_the_call(tmp_path, monkeypatch):
+    state = Tensors(counts={"given": [1]})
+    with Checkpointer(tmp_path) as checkpoints:
+        write = checkpoints._ranks.save
+        gate = threading.Event()
+        monkeypatch.setattr(
+            checkpoints._ranks, "save", lambda *given: (gate.wait(60), write(*given))
+        )
+        checkpoints.save({"a": state}, 1)
+        state["counts"]["given"].append(2)
+        gate.set()
+    written = json.loads((tmp_path / "step-00000001/a.json").read_text())
+    assert written == {"counts": {"given": [1]}}
+
+
 def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
     with Checkpointer(tmp_path) as checkpoints:
         write = checkpoints._ranks.save
@@ -76,6 +92,22 @@ def test_training_goes_on_while_it_is_written(tmp_path, monkeypatch):
         checkpoints.save(made(), 2)  # waits for the first
         assert "step-00000001" in names(tmp_path)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    found: list[tuple[Path, int]] = []
+    sync = os.fsync
+
+    def noted(file: int) -> None:
+        found.append((Path(os.readlink(f"/proc/self/fd/{file}")), os.fstat(file).st_size))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    path = saved(tmp_path)
+    *files, (inner, _), (outer, _) = found
+    before = tmp_path / "step-00000001.tmp"
+    assert dict(files) == {before / name: len(data) for name, data in contents(path).items()}
+    assert (inner, outer) == (before, tmp_path)
 
 
 def test_the_files_are_plain_and_hold_no_pickle(tmp_path):
@@ -121,7 +153,7 @@ def test_every_dtype_and_shape_comes_back_from_aligned_places(tmp_path):
 def test_the_newest_are_kept(tmp_path):
     saved(tmp_path, made(), 2, 4, 10, keep=2)
     assert names(tmp_path) == ["step-00000004", "step-00000010"]
-    saved(tmp_path, made(), 100000000, keep=1)
+    saved(tmp_path, made(), 99999999, 100000000, keep=1)
     assert names(tmp_path) == ["step-100000000"]
     assert Checkpointer(tmp_path).latest() == tmp_path / "step-100000000"
 

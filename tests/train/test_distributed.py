@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -47,9 +48,21 @@ def test_the_error_of_a_rank_is_told_by_the_others():
     assert first[1].startswith(told)
 
 
+def left_by_an_error() -> bool:
+    with suppress(ZeroDivisionError, RankLost), world(timeout_s=30) as here:
+        here.barrier()
+        raise ZeroDivisionError
+    return not torch.distributed.is_initialized()
+
+
+def test_an_error_leaves_no_process_group():
+    assert on_ranks(2, left_by_an_error) == [True, True]
+
+
 def test_a_rank_that_hangs_is_named_after_the_timeout():
     first, hung = on_ranks(2, many, acting(hang, 2), 3.0)
     assert first[0] == "RankLost" and "rank 1 gives no sign of life" in first[1]
+    assert "timeout" in first[1] or "imed out" in first[1]  # not that it ended, which it does later
     assert hung is None
 
 

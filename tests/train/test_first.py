@@ -22,7 +22,7 @@ def on_threads(size: int, make) -> list:
         except Exception as error:
             found[rank] = error
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -230,6 +230,21 @@ def test_a_loop_goes_on_from_the_step_of_its_state():
     assert [r.lr for r in records] == [options.rate(4 / 6), options.rate(5 / 6)]
     assert loop.state.real_tokens == 1000 + sum(r.real_tokens for r in records)
     assert 50 < loop.state.seconds < 60
+    mean = sum(r.step_time_s for r in records) / 2
+    assert records[0].seconds_left == pytest.approx(mean)  # of this sitting's steps
+
+
+def test_a_loop_goes_on_from_the_seconds_of_its_state():
+    options = TrainOptions(max_seconds=100.0, lr=1e-2)
+    model = tiny_model(tiny_hf_config(), torch.float32)
+    loop = Loop(
+        Parallel(model, World()), MasterAdamW(model), options, capacity=128,
+        state=TrainState(step=4, seconds=50.0),
+    )  # fmt: skip
+    records: list[StepRecord] = []
+    loop.run(itertools.islice(stream(World(), 4), 2), on_step=records.append)
+    assert [r.lr for r in records] == [options.rate(0.5)] * 2
+    assert all(40 < r.seconds_left < 50 for r in records)
 
 
 def test_no_weight_moves_after_a_gradient_that_is_not_finite():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from rich.console import Console
 from tests.data.prepared import chats, jsonl
 from tests.train.ranks import on_ranks
 from tests.train.setups import small_run
-from varlen_sft.errors import InputError
+from varlen_sft.errors import InputError, RunError
 from varlen_sft.models.llama import LlamaForSFT
 from varlen_sft.tools.run_report import write_run_report
+from varlen_sft.train import checkpoint
+from varlen_sft.train.checkpoint import Checkpointer
 from varlen_sft.train.config_file import read_config
 from varlen_sft.train.journal import Journal
 from varlen_sft.train.run import run
@@ -139,6 +142,37 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path):
     with pytest.raises(RuntimeError, match="the loss is nan|the gradient's norm nan"):
         train(tmp_path, "--lr", "1e38", "--checkpoint.every", "1", "--warmup", "0")
     assert list((tmp_path / "out" / "checkpoints").glob("step-0*1"))
+
+
+def test_a_step_is_validated_and_then_saved_once(tmp_path, monkeypatch):
+    save, found = Checkpointer.save, []
+
+    def noted(checkpoints: Checkpointer, parts: Any, step: int) -> None:
+        found.append((step, [line["step"] for line in log(tmp_path, "validation")]))
+        save(checkpoints, parts, step)
+
+    monkeypatch.setattr(Checkpointer, "save", noted)
+    train(tmp_path, "--valid_every", "3", "--checkpoint.every", "3")
+    assert found == [(3, [3]), (6, [3, 6])]
+
+
+def test_a_checkpoint_that_fails_ends_the_run_before_the_next(tmp_path, monkeypatch):
+    def full(*_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    written = Journal.step
+
+    def step(journal: Journal, record: Any) -> None:
+        written(journal, record)
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join(60)
+
+    monkeypatch.setattr(checkpoint, "publish", full)
+    monkeypatch.setattr(Journal, "step", step)
+    with pytest.raises(RunError, match="step-00000006.tmp: .*No space left on device"):
+        train(tmp_path, "--steps", "18", "--checkpoint.every", "6", "--valid", "[]")
+    assert 7 <= log(tmp_path)[-1]["step"] < 12
 
 
 COMPILED = pytest.param(

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,20 +88,28 @@ def damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """
     try:
         sums = dict(_sums(path / SUMS))
-        for name in sorted(sums)[share[0] :: share[1]]:
-            with (path / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sums[name]:
-                    return f"{name} does not have the checksum of {SUMS}"
     except (OSError, ValueError) as error:
         return str(error)
-    if INDEX not in sums:
-        return f"{SUMS} does not list {INDEX}"
-    missing = sorted(set(_index_files(path)) - sums.keys())
-    return f"{SUMS} does not list {missing[0]}" if missing else None
+    # By each rank, before what they share out: none may raise where another returns.
+    if wrong := _changed(path, [INDEX], sums):
+        return wrong
+    files = sorted({*sums, *read_index(path)["files"]})
+    return _changed(path, files[share[0] :: share[1]], sums)
 
 
-def _index_files(path: Path) -> list[str]:
-    return read_index(path)["files"]
+def _changed(path: Path, names: Sequence[str], sums: Mapping[str, str]) -> str | None:
+    """The first of these files that is not what was written."""
+    for name in names:
+        if name not in sums:
+            return f"{SUMS} does not list {name}"
+        try:
+            with (path / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            return str(error)
+        if found != sums[name]:
+            return f"{name} does not have the checksum of {SUMS}"
+    return None
 
 
 def _sums(path: Path) -> Iterator[tuple[str, str]]:
