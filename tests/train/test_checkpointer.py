@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.train.saved import Tensors, contents, made, names, saved, tensors
 from varlen_sft.data.stream_state import load_state
 from varlen_sft.errors import RunError
+from varlen_sft.train import checkpoint_folder
 from varlen_sft.train.checkpoint import Checkpointer
 
 
@@ -185,6 +186,24 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     with Checkpointer(tmp_path) as checkpoints:
         assert names(tmp_path) == ["other.tmp", "step-00000007"]
         assert checkpoints.latest() == path
+
+
+def test_killed_while_a_step_is_replaced_the_one_before_counts(tmp_path, monkeypatch):
+    path = saved(tmp_path, made(), 7, keep=1)
+    before, rename = contents(path), Path.rename
+
+    def killed(source: Path, target: Path) -> Path:
+        if target == path:
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", killed)
+        checkpoint_folder.publish(tmp_path / "step-00000007.tmp", path)
+    assert names(tmp_path) == ["step-00000007.replaced.tmp"]
+    with Checkpointer(tmp_path) as checkpoints:
+        assert checkpoints.latest() == path
+    assert contents(path) == before
 
 
 def test_states_that_cannot_be_saved_are_refused_in_the_call(tmp_path):

@@ -2,6 +2,7 @@
 
 step-00000200/     a checkpoint
 step-00000300.tmp  being written, or left by a run that was killed; the next run removes it
+step-00000300.replaced.tmp  of the same step, while another takes its name
 step-00000300.damaged  set aside: its files are not what was written
 lock               held by the run
 """
@@ -24,6 +25,7 @@ from varlen_sft.train.checkpoint_files import INDEX, SUMS, read_index
 
 __all__ = ["checkpoints", "clean", "damage", "locked", "path_of", "prune", "publish", "set_aside"]
 
+_REPLACED = ".replaced.tmp"
 _NAME = re.compile(r"step-(\d{8,})")
 _SUM = re.compile(r"([0-9a-f]{64})  ([^/\n]+)")
 
@@ -44,8 +46,8 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def publish(made: Path, final: Path) -> None:
     """Give a checkpoint its name, in one move: before it there is none, after it there is all."""
     if final.exists():
-        # Of the same step, by a run that was then set back; until the move the one before counts.
-        final.rename(final.with_name(f"{final.name}.old.tmp"))
+        # Of the same step, by a run that was then set back. Killed before the next move, it is it.
+        final.rename(final.with_name(f"{final.name}{_REPLACED}"))
     made.rename(final)
     sync_folder(final.parent)
 
@@ -62,7 +64,11 @@ def prune(folder: Path, keep: int, step: int) -> None:
 def clean(folder: Path) -> None:
     """Remove what no run will finish or needs any more; OSError."""
     for path in sorted(folder.glob("step-*.tmp")):
-        shutil.rmtree(path)
+        final = path.with_name(path.name.removesuffix(_REPLACED))
+        if final == path or final.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(final)
 
 
 def set_aside(path: Path) -> Path:
