@@ -184,5 +184,19 @@ def test_a_whole_run_in_small(tmp_path):
     assert len(learning_table.tables(results)) == 1
 
 
+def test_what_is_broken_has_to_be_worse_than_the_worst_seed():
+    def runs(**shares: float) -> dict:
+        return {
+            "runs": {name.replace("_", " "): {"score": {"share": shares[name]}} for name in shares}
+        }
+
+    results = {
+        "broken": runs(as_it_is=0.9, labels_across_samples=0.85, turns_as_samples=0.7),
+        "spread": runs(seed_1=0.8, seed_2=0.95),
+    }
+    assert learning_table.shares_as_it_is(results) == [0.9, 0.8, 0.95]
+    assert [met for met, _ in learning_table.goals(results)] == [False, True]
+
+
 def test_a_curve_in_one_line():
     assert learning_table.spark([4, 2, 0.1, 0]) == "█▅▁▁" and learning_table.spark([]) == ""

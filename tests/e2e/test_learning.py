@@ -1,4 +1,4 @@
-"""The learning benchmark, whole: about an hour on two cores. ``make e2e ARGS=-k learning``."""
+"""The learning benchmark, whole: 80 minutes on two idle cores. ``make e2e ARGS=-k learning``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -35,20 +36,27 @@ def test_a_tiny_llama_learns_the_machine_from_nothing(results):
         assert run["score"]["of_dialogues"] == 200 and run["score"]["share"] >= 0.95
 
 
+@pytest.fixture(scope="module")
+def as_it_is(results) -> list[float]:
+    """Shares of dialogues, of three seeds."""
+    runs = [results["broken"]["runs"]["as it is"], *results["spread"]["runs"].values()]
+    assert len(runs) == 3
+    return [run["score"]["share"] for run in runs]
+
+
 @pytest.mark.parametrize(
-    "name", ["mask one token late", "turns as samples", "stream.isolate: false"]
+    "name",
+    ["labels across samples", "mask one token late", "turns as samples", "stream.isolate: false"],
 )
-def test_what_is_broken_learns_worse(results, name):
-    whole = results["broken"]["runs"]["as it is"]["score"]
-    assert results["broken"]["runs"][name]["score"]["dialogues"] < whole["dialogues"]
+def test_what_is_broken_learns_worse_than_any_seed(results, as_it_is, name):
+    assert results["broken"]["runs"][name]["score"]["share"] < min(as_it_is)
 
 
-def test_positions_that_run_on_are_the_same_to_rope(results):
-    """Attention inside the sample sees differences of positions alone, so that as much is learned:
-    within three standard deviations of the difference of two counts out of 200."""
-    runs = results["broken"]["runs"]
-    here, whole = (runs[name]["score"]["share"] for name in ("positions run on", "as it is"))
-    assert abs(here - whole) <= 3 * (2 * whole * (1 - whole) / 200) ** 0.5
+def test_positions_that_run_on_are_the_same_to_rope(results, as_it_is):
+    """Attention inside the sample sees differences of positions alone, so that as much is learned
+    as with a fourth seed: within three standard deviations of it and the mean of the others."""
+    here = results["broken"]["runs"]["positions run on"]["score"]["share"]
+    assert abs(here - fmean(as_it_is)) <= 3 * stdev(as_it_is) * (1 + 1 / 3) ** 0.5
 
 
 def test_fine_tuning_beats_its_start(results):
