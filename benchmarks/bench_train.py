@@ -43,7 +43,8 @@ Five tables, each measured in a process of its own, on SmolLM2-135M in bf16:
   checkpoint  what a save holds up, and what it costs the next step (bench_checkpoint.py has more)
   start       import varlen_sft, and varlen-sft --help
 
-Rounds are interleaved, figures are medians. Real tokens count no padding.
+Rounds are interleaved, figures are medians. Real tokens count no padding. A section that is not
+asked for stays in the file of --json as it was.
 """
 EPILOG = """\
 examples:
@@ -154,6 +155,14 @@ def child(args: argparse.Namespace) -> int:
     return 0
 
 
+def others(file: Path) -> dict[str, Any]:
+    """Sections that are in the file, each with what it was measured on."""
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    return {
+        name: {"environment": kept["environment"]} | kept[name] for name in SECTIONS if name in kept
+    }
+
+
 # ---------------------------------------------------------------------- what is shown
 
 
@@ -227,8 +236,9 @@ def main() -> int:
     if args.json is None or failed:
         console.print("No file was written")
         return 1 if failed else 0
-    seconds = time.perf_counter() - began
-    return script.finish(console, args.json, stamped, {"seconds": seconds, **results})
+    for found in results.values():
+        found["environment"] = stamped
+    return script.finish(console, args.json, stamped, {**others(args.json), **results})
 
 
 if __name__ == "__main__":

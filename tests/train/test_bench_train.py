@@ -212,13 +212,16 @@ def options(folder: Path, *words: str) -> list[str]:
 
 def test_a_section_runs_alone_and_leaves_a_file_if_asked(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "figures.json"
+    out.write_text('{"environment": "before", "seconds": 9, "start": {"rows": {}}, "loop": {}}')
     words = options(folder, "--sections", "loop", f"--json={out}")
     monkeypatch.setattr(sys, "argv", ["bench_train.py", *words])
     assert bench_train.main() == 0
     shown = capsys.readouterr().out
     assert "fp32 sums of gradients" in shown and "of 1 goals met" in shown
     content = json.loads(out.read_text())
-    assert set(content) == {"environment", "seconds", "loop"} and str(folder) not in out.read_text()
+    assert set(content) == {"environment", "start", "loop"} and str(folder) not in out.read_text()
+    assert content["start"] == {"environment": "before", "rows": {}}
+    assert content["loop"]["environment"] == content["environment"] != "before"
     assert content["loop"]["goals"][0]["limit"] == 3.0
 
 
@@ -248,6 +251,6 @@ def test_all_sections_on_a_tiny_model(folder, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content = json.loads(out.read_text())
-    assert [len(content[name]["goals"]) for name in bench_train.SECTIONS] == [2, 1, 2, 2, 3]
+    assert [len(content[name]["goals"]) for name in bench_train.SECTIONS] == [2, 1, 3, 2, 3]
     assert list(content["step"]["rows"]) == ["hf padded", "TRL packed", "ours"]
     assert list(content["ranks"]["rows"]) == list(train_ranks.WAYS)

@@ -11,6 +11,7 @@ __all__ = ["keep_freed_memory", "peak_memory"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _LARGEST_MMAP_THRESHOLD = 2**30
+_NEVER = -1
 
 
 def keep_freed_memory() -> bool:
@@ -27,7 +28,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     taken = mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    return bool(taken) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(taken) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
 def peak_memory(device: torch.device) -> int:
