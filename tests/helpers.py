@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,3 +137,14 @@ def alone(model: LlamaForSFT, samples: Sequence[Sample]) -> tuple[Tensor, dict[s
         total = total + loss
         gradients = {name: gradients.get(name, 0) + grad for name, grad in grads.items()}
     return total, gradients
+
+
+def counting_backend() -> tuple[list[Any], Callable[..., Any]]:
+    """The graphs that torch.compile has made so far, and a backend that runs them eagerly."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    return graphs, backend

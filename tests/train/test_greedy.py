@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import random_samples, tiny_hf_config, tiny_model
+from tests.helpers import counting_backend, random_samples, tiny_hf_config, tiny_model
 from tests.train.ranks import on_ranks
 from varlen_sft.data.batch import collate
 from varlen_sft.models.llama import LlamaForSFT
@@ -118,15 +118,10 @@ def test_a_patched_model_says_what_generate_says(family):
 def test_blocks_compiled_for_packs_answer_eagerly(folder, expected):
     import varlen_sft
 
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
     model = loaded(folder)
     varlen_sft.patch(model)
     patched = PatchedForSFT(model).train()
+    graphs, backend = counting_backend()
     for block in blocks(patched):
         block.forward = torch.compile(block.forward, backend=backend, dynamic=True)
     batch = collate(random_samples([5, 9, 12]))

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.helpers import random_samples, tiny_hf_config, tiny_model
+from tests.helpers import counting_backend, random_samples, tiny_hf_config, tiny_model
 from varlen_sft.data.batch import collate
 from varlen_sft.errors import InputError
 from varlen_sft.models.llama import LlamaForSFT
@@ -165,13 +165,7 @@ def test_compiling_is_asked_for_every_layer(folder, monkeypatch, impl):
 @pytest.mark.filterwarnings("default")  # of the compiler
 def test_patched_layers_are_one_graph_each_and_few_for_all_lengths(folder, monkeypatch):
     """That a pack has other lengths, or a table of RoPE has grown, is nothing to compile for."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    real = torch.compile
+    (graphs, backend), real = counting_backend(), torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, **kw: real(f, backend=backend, fullgraph=True, **kw)
     )

@@ -128,8 +128,8 @@ class Head:
         self._allocate(len(scored))
         if later:
             scored[: len(rows)] = rows
-        size = len(rows) if self.one_chunk else chunk_rows(self.weight, chunk_bytes, self.needs[1])
-        size = max(size, 1)
+        many = chunk_rows(self.weight, chunk_bytes, self.needs[1])
+        size = max(len(rows), 1) if self.one_chunk else many
         for chunk, index in zip(rows.split(size), readable(rows).split(size), strict=True):
             self._add_chunk(chunk, index, labels, token_weights)
         per_row = (out[:-1] for out in self.per_row)

@@ -46,7 +46,8 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def publish(made: Path, final: Path) -> None:
     """Give a checkpoint its name, in one move: before it there is none, after it there is all."""
     if final.exists():
-        # Of the same step, by a run that was then set back. Killed before the next move, it is it.
+        # Of the same step, by a run that was then set back. If the process is killed before the
+        # next move, ``clean`` gives it its name back.
         final.rename(final.with_name(f"{final.name}{_REPLACED}"))
     made.rename(final)
     sync_folder(final.parent)
